@@ -1,0 +1,271 @@
+"""Who attends to what: the sparsity pattern of S2-Attention (arXiv 2407.17678, section 3).
+
+A pattern is a statement about blocks of `block_size` tokens. Query block i of head h attends to key
+block j <= i when
+
+    i - j < local_blocks                    the local window, the same for every head, or
+    j mod vert_stride == residues[h]        the strided set, a shard of its own for each head.
+
+The strided set is defined on absolute block numbers, so a block that a head has dropped never comes
+back to it: what leaves the window and is in no head's strided set can be freed for good.
+
+This module is the only place that knows this. It needs torch for `block_mask` alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+PatternHeads = Literal["kv", "query"]
+
+
+@dataclass(frozen=True)
+class S2Pattern:
+    """The pattern of one layer, or of one tensor-parallel rank's share of its heads.
+
+    Attributes:
+        block_size: tokens per block, a power of two; the unit of sparsity.
+        local_blocks: blocks of the local window, the query's own block included.
+        vert_stride: distance, in blocks, between the strided blocks of a head.
+        residues: for each query head, the residue modulo `vert_stride` of its strided blocks.
+        num_kv_heads: KV heads; query head h reads KV head h // (num_heads // num_kv_heads).
+
+    Raises:
+        ValueError: a value is out of range, or KV heads keep different numbers of residues.
+    """
+
+    block_size: int
+    local_blocks: int
+    vert_stride: int
+    residues: tuple[int, ...]
+    num_kv_heads: int
+
+    def __post_init__(self) -> None:
+        _check_power_of_two("block_size", self.block_size)
+        _check_positive("local_blocks", self.local_blocks)
+        _check_positive("vert_stride", self.vert_stride)
+        _check_positive("num_kv_heads", self.num_kv_heads)
+        if not self.residues or len(self.residues) % self.num_kv_heads:
+            raise ValueError(
+                f"residues: {len(self.residues)} query heads, expected a positive multiple of "
+                f"num_kv_heads ({self.num_kv_heads})"
+            )
+        if not all(0 <= r < self.vert_stride for r in self.residues):
+            raise ValueError(f"residues: {self.residues}, expected values in [0, {self.vert_stride})")
+        if len({len(kept) for kept in self.kept_residues}) != 1:
+            raise ValueError(
+                f"residues: KV heads keep {[len(k) for k in self.kept_residues]} residues, "
+                "expected the same number for every KV head"
+            )
+
+    @classmethod
+    def build(
+        cls,
+        num_heads: int,
+        num_kv_heads: int,
+        *,
+        block_size: int = 64,
+        local_blocks: int = 16,
+        vert_stride: int = 8,
+        homo_head: bool = False,
+        head_sliding_step: int | None = None,
+        head_sliding_offset: int = 0,
+        pattern_heads: PatternHeads = "kv",
+    ) -> S2Pattern:
+        """The pattern that DKernel's parameters describe.
+
+        Pattern head h (a KV head, or a query head when `pattern_heads` is "query") attends to every
+        older block j with (j + h * step + head_sliding_offset) mod vert_stride == 0. `step` is
+        `head_sliding_step`, by default max(1, vert_stride // number of pattern heads), and 0 when
+        `homo_head` gives all heads one pattern.
+        """
+        _check_positive("num_heads", num_heads)
+        _check_positive("num_kv_heads", num_kv_heads)
+        _check_positive("vert_stride", vert_stride)
+        if pattern_heads not in ("kv", "query"):
+            raise ValueError(f"pattern_heads: {pattern_heads!r}, expected 'kv' or 'query'")
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_heads: {num_heads}, expected a multiple of num_kv_heads ({num_kv_heads})")
+        group = num_heads // num_kv_heads
+        if pattern_heads == "query" and not homo_head and group > vert_stride:
+            raise ValueError(
+                f"vert_stride: {vert_stride}, expected at least {group} with pattern_heads 'query', for "
+                f"the {group} query heads of a KV head to have a residue each"
+            )
+        num_pattern_heads = num_heads if pattern_heads == "query" else num_kv_heads
+        step = head_sliding_step
+        if step is None:
+            step = max(1, vert_stride // num_pattern_heads)
+        if homo_head:
+            step = 0
+        residues = tuple(
+            -((h if pattern_heads == "query" else h // group) * step + head_sliding_offset) % vert_stride
+            for h in range(num_heads)
+        )
+        return cls(block_size, local_blocks, vert_stride, residues, num_kv_heads)
+
+    @property
+    def num_heads(self) -> int:
+        """Query heads."""
+        return len(self.residues)
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.num_heads // self.num_kv_heads
+
+    @cached_property
+    def kept_residues(self) -> tuple[tuple[int, ...], ...]:
+        """For each KV head, the sorted residues of its query heads: what its strided tier stores."""
+        g = self.group_size
+        return tuple(tuple(sorted(set(self.residues[h * g : (h + 1) * g]))) for h in range(self.num_kv_heads))
+
+    @property
+    def num_kept(self) -> int:
+        """m: residues that each KV head keeps."""
+        return len(self.kept_residues[0])
+
+    @cached_property
+    def residue_ranks(self) -> tuple[int, ...]:
+        """For each query head, the rank of its residue among its KV head's kept residues."""
+        return tuple(self.kept_residues[h // self.group_size].index(r) for h, r in enumerate(self.residues))
+
+    @property
+    def window_tokens(self) -> int:
+        """Tokens of a full local window: local_blocks * block_size."""
+        return self.local_blocks * self.block_size
+
+    @property
+    def super_block_tokens(self) -> int:
+        """Tokens of a super-block: vert_stride * block_size."""
+        return self.vert_stride * self.block_size
+
+    @property
+    def is_union_complete(self) -> bool:
+        """Whether every block is in some head's set, however old it is."""
+        return set(self.residues) == set(range(self.vert_stride))
+
+    def attends(self, head: int, query_block: int, key_block: int) -> bool:
+        """Whether `query_block` of query head `head` attends to `key_block` (block causality)."""
+        if not 0 <= key_block <= query_block:
+            return False
+        in_window = query_block - key_block < self.local_blocks
+        return in_window or key_block % self.vert_stride == self.residues[head]
+
+    def block_mask(self, num_blocks: int) -> torch.Tensor:
+        """`attends` for all heads and blocks: bool [num_heads, num_blocks, num_blocks] (query, key)."""
+        import torch
+
+        query = torch.arange(num_blocks)[:, None]
+        key = torch.arange(num_blocks)[None, :]
+        window = query - key < self.local_blocks
+        strided = key % self.vert_stride == torch.tensor(self.residues)[:, None, None]
+        return (window | strided) & (key <= query)
+
+    def stored_tokens(self, length: int) -> tuple[float, float]:
+        """Tokens that the window tier and the strided tier store at a context of `length` tokens.
+
+        Per KV head, averaged over KV heads. The window tier holds what the next token's query still
+        sees; both tiers hold a recent token that is also in the strided set.
+        """
+        b, s = self.block_size, self.vert_stride
+        first_window_block = max(0, length // b - self.local_blocks + 1)
+        window = length - first_window_block * b
+        strided = 0
+        for kept in self.kept_residues:
+            for residue in kept:
+                full, rest = divmod(max(0, length - residue * b), s * b)
+                strided += full * b + min(rest, b)
+        return float(window), strided / self.num_kv_heads
+
+    def stored_fraction(self, length: int) -> float:
+        """Tokens stored at a context of `length` tokens, as a fraction of what a dense layer stores.
+
+        Above 1 for contexts hardly longer than the window, where the strided tier is an extra.
+        """
+        return sum(self.stored_tokens(length)) / length
+
+    def attended_fraction(self, length: int) -> float:
+        """Block pairs attended in a prefill of `length` tokens, relative to dense causal attention.
+
+        A diagonal block counts as half a block, in both.
+        """
+        blocks = -(-length // self.block_size)
+        dense = blocks * blocks / 2
+        attended = 0.0
+        for residue in self.residues:
+            for i in range(blocks):
+                window = min(i + 1, self.local_blocks)
+                attended += window - 0.5 + len(range(residue, i - self.local_blocks + 1, self.vert_stride))
+        return attended / (dense * self.num_heads)
+
+    def shard(self, rank: int, size: int) -> S2Pattern:
+        """The heads of tensor-parallel rank `rank` of `size`, with their own residues.
+
+        As in vLLM, a rank holds num_heads / size query heads and their KV heads; a KV head is
+        replicated when there are more ranks than KV heads.
+        """
+        if not 0 <= rank < size:
+            raise ValueError(f"rank: {rank}, expected a value in [0, {size})")
+        if self.num_heads % size:
+            raise ValueError(
+                f"tensor-parallel size: {size}, expected a divisor of the {self.num_heads} query heads"
+            )
+        if self.num_kv_heads % size and size % self.num_kv_heads:
+            raise ValueError(
+                f"tensor-parallel size: {size}, expected a divisor or a multiple of the "
+                f"{self.num_kv_heads} KV heads"
+            )
+        per_rank = self.num_heads // size
+        residues = self.residues[rank * per_rank : (rank + 1) * per_rank]
+        return S2Pattern(
+            self.block_size,
+            self.local_blocks,
+            self.vert_stride,
+            residues,
+            max(1, self.num_kv_heads // size),
+        )
+
+    def draw(self, path: str | Path, num_blocks: int | None = None) -> None:
+        """Save one panel per head as an image (PNG or SVG by the suffix). Needs matplotlib."""
+        from s2_kernels.draw import draw_pattern
+
+        draw_pattern(self, path, num_blocks)
+
+
+def first_returning_block(block_mask: torch.Tensor) -> tuple[int, int] | None:
+    """The first (head, key block) that leaves a head's set and returns, or None when none does.
+
+    Freeing what a head has dropped is sound only when nothing returns; such a mask is called
+    KV-efficient (arXiv 2407.17678, section 3.2).
+
+    Args:
+        block_mask: bool [num_heads, query blocks, key blocks], lower triangular.
+    """
+    import torch
+
+    if block_mask.dim() != 3 or block_mask.shape[1] != block_mask.shape[2]:
+        raise ValueError(f"block_mask: shape {tuple(block_mask.shape)}, expected [heads, blocks, blocks]")
+    blocks = block_mask.shape[1]
+    causal = torch.ones(blocks, blocks, dtype=torch.bool).tril()
+    dropped = ((~block_mask) & causal).cumsum(dim=1) > 0
+    returning = (block_mask & dropped & causal).any(dim=1)
+    first = returning.nonzero()
+    return None if len(first) == 0 else (int(first[0, 0]), int(first[0, 1]))
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name}: {value}, expected a positive integer")
+
+
+def _check_power_of_two(name: str, value: int) -> None:
+    if value < 1 or value & (value - 1):
+        raise ValueError(f"{name}: {value}, expected a power of two")

@@ -1,0 +1,177 @@
+"""What S2-Attention means, in plain PyTorch: the specification that every kernel is tested against.
+
+Nothing here is fast, and nothing is clever. All arithmetic is in float32 whatever the input dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from s2_kernels.layout import TierLayout
+from s2_kernels.pattern import S2Pattern
+
+
+def token_mask(pattern: S2Pattern, positions: torch.Tensor, context_len: int) -> torch.Tensor:
+    """Which of the first `context_len` tokens the queries at `positions` attend to.
+
+    Args:
+        pattern: the sparsity pattern.
+        positions: int64 [queries], absolute positions.
+        context_len: number of keys, at positions 0 ... context_len - 1.
+
+    Returns:
+        bool [num_heads, queries, context_len].
+    """
+    num_blocks = -(-max(context_len, int(positions.max()) + 1) // pattern.block_size)
+    blocks = pattern.block_mask(num_blocks).to(positions.device)
+    keys = torch.arange(context_len, device=positions.device)
+    query_block = (positions // pattern.block_size)[:, None]
+    key_block = (keys // pattern.block_size)[None, :]
+    return blocks[:, query_block, key_block] & (keys[None, :] <= positions[:, None])
+
+
+def masked_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """softmax(scale * q k^T) v over the keys that `mask` allows.
+
+    Args:
+        q: [queries, num_heads, head_size].
+        k, v: [keys, num_kv_heads, head_size]; query head h reads KV head h // group size.
+        mask: bool [num_heads, queries, keys], with at least one key for every query.
+        scale: factor on the logits.
+
+    Returns:
+        [queries, num_heads, head_size] in q's dtype.
+    """
+    group = q.shape[1] // k.shape[1]
+    k = k.float().repeat_interleave(group, dim=1)
+    v = v.float().repeat_interleave(group, dim=1)
+    logits = torch.einsum("qhd,khd->hqk", q.float(), k) * scale
+    weights = logits.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    return torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
+
+
+def attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: S2Pattern,
+    scale: float,
+    query_start_loc: list[int],
+    key_start_loc: list[int] | None = None,
+) -> torch.Tensor:
+    """S2-Attention of several sequences, packed one after the other (varlen).
+
+    The queries of a sequence are its last tokens: with fewer queries than keys, the rest is a context
+    that was computed before.
+
+    Args:
+        q: [total queries, num_heads, head_size].
+        k, v: [total keys, num_kv_heads, head_size].
+        pattern: the sparsity pattern.
+        scale: factor on the logits.
+        query_start_loc: where each sequence's queries start, and the total: sequences + 1 values.
+        key_start_loc: the same for keys; None when every token is also a query.
+
+    Returns:
+        [total queries, num_heads, head_size] in q's dtype.
+    """
+    key_start_loc = query_start_loc if key_start_loc is None else key_start_loc
+    out = torch.empty_like(q)
+    for n in range(len(query_start_loc) - 1):
+        q0, q1 = query_start_loc[n : n + 2]
+        k0, k1 = key_start_loc[n : n + 2]
+        if q0 == q1:
+            continue
+        positions = torch.arange(k1 - k0 - (q1 - q0), k1 - k0, device=q.device)
+        mask = token_mask(pattern, positions, k1 - k0)
+        out[q0:q1] = masked_attention(q[q0:q1], k[k0:k1], v[k0:k1], mask, scale)
+    return out
+
+
+def cache_write_reference(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window_cache: torch.Tensor,
+    strided_cache: torch.Tensor,
+    window_slots: torch.Tensor,
+    strided_slots: torch.Tensor,
+    pattern: S2Pattern,
+) -> None:
+    """Store new tokens in both tiers, in place.
+
+    Args:
+        key, value: [tokens, num_kv_heads, head_size].
+        window_cache, strided_cache: [pages, num_kv_heads, page_slots, 2 * head_size].
+        window_slots: int64 [tokens], page * page_slots + slot; -1 for a padding token.
+        strided_slots: int64 [tokens], page * strided_page_tokens + position mod
+            strided_page_tokens, as vLLM computes it; -1 for a padding token.
+        pattern: the pattern of these heads.
+    """
+    layout = TierLayout(pattern, window_cache.shape[2])
+    for t, (window, strided) in enumerate(zip(window_slots.tolist(), strided_slots.tolist(), strict=True)):
+        if window < 0:
+            continue
+        page, slot = divmod(window, layout.page_slots)
+        window_cache[page, :, slot] = torch.cat([key[t], value[t]], dim=-1)
+        page, local_position = divmod(strided, layout.strided_page_tokens)
+        for h in range(pattern.num_kv_heads):
+            place = layout.strided_slot(h, local_position)
+            if place is not None:
+                strided_cache[page, h, place[1]] = torch.cat([key[t, h], value[t, h]], dim=-1)
+
+
+def paged_attention_reference(
+    q: torch.Tensor,
+    window_cache: torch.Tensor,
+    strided_cache: torch.Tensor,
+    window_table: torch.Tensor,
+    strided_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    pattern: S2Pattern,
+    scale: float,
+) -> torch.Tensor:
+    """S2-Attention of a batch of requests whose keys and values are in the two paged tiers.
+
+    Reads nothing but the tokens in a query's set: all else in the caches may be garbage.
+
+    Args:
+        q: [tokens, num_heads, head_size]; a request's queries are the last tokens of its sequence.
+        window_cache, strided_cache: [pages, num_kv_heads, page_slots, 2 * head_size].
+        window_table, strided_table: int32 [requests, *], page of each span of a tier's page tokens.
+        query_start_loc: int32 [requests + 1].
+        seq_lens: int32 [requests], context and queries.
+        pattern: the pattern of these heads.
+        scale: factor on the logits.
+
+    Returns:
+        [tokens, num_heads, head_size] in q's dtype; zeros for tokens that belong to no request.
+    """
+    layout = TierLayout(pattern, window_cache.shape[2])
+    head_size = q.shape[-1]
+    out = torch.zeros_like(q)
+    starts, lens = query_start_loc.tolist(), seq_lens.tolist()
+    for n, seq_len in enumerate(lens):
+        num_queries = starts[n + 1] - starts[n]
+        for t in range(num_queries):
+            position = seq_len - num_queries + t
+            block = position // pattern.block_size
+            first_window_token = max(0, block - pattern.local_blocks + 1) * pattern.block_size
+            for h in range(pattern.num_heads):
+                kv_head = h // pattern.group_size
+                kv = []
+                for p in range(position + 1):
+                    if p >= first_window_token:
+                        page, slot = layout.window_slot(p)
+                        kv.append(window_cache[window_table[n, page], kv_head, slot])
+                    elif pattern.attends(h, block, p // pattern.block_size):
+                        place = layout.strided_slot(kv_head, p)
+                        assert place is not None
+                        kv.append(strided_cache[strided_table[n, place[0]], kv_head, place[1]])
+                keys, values = torch.stack(kv).float().split(head_size, dim=-1)
+                row = starts[n] + t
+                weights = (keys @ q[row, h].float() * scale).softmax(dim=0)
+                out[row, h] = (weights @ values).to(q.dtype)
+    return out

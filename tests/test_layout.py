@@ -1,0 +1,99 @@
+"""Where tokens live: slots are distinct, dense, and agree with vLLM's slot mapping arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from s2_kernels.layout import TierLayout, head_tables
+from s2_kernels.pattern import S2Pattern
+
+LAYOUTS = [
+    TierLayout(S2Pattern.build(2, 2, block_size=4, local_blocks=2, vert_stride=4), 4),
+    TierLayout(S2Pattern.build(2, 2, block_size=4, local_blocks=2, vert_stride=3), 12),
+    TierLayout(S2Pattern.build(8, 2, block_size=4, head_sliding_offset=1, pattern_heads="query"), 16),
+    TierLayout(S2Pattern.build(6, 2, block_size=2, vert_stride=5, pattern_heads="query"), 18),
+]
+
+
+def layout_id(layout: TierLayout) -> str:
+    p = layout.pattern
+    return f"block{p.block_size}-stride{p.vert_stride}-kept{p.num_kept}-page{layout.page_slots}"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
+def test_kept_tokens_fill_the_strided_pages(layout: TierLayout) -> None:
+    num_pages = 3
+    every_slot = {(page, slot) for page in range(num_pages) for slot in range(layout.page_slots)}
+    for head in range(layout.pattern.num_kv_heads):
+        places = [layout.strided_slot(head, p) for p in range(num_pages * layout.strided_page_tokens)]
+        kept = [place for place in places if place is not None]
+        assert len(kept) == len(set(kept))
+        assert set(kept) == every_slot
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
+def test_strided_tier_keeps_what_a_query_head_attends_to(layout: TierLayout) -> None:
+    pattern = layout.pattern
+    now = 10_000
+    for head in range(pattern.num_kv_heads):
+        query_heads = range(head * pattern.group_size, (head + 1) * pattern.group_size)
+        for position in range(2 * layout.strided_page_tokens):
+            block = position // pattern.block_size
+            needed = any(pattern.attends(h, now, block) for h in query_heads)
+            assert (layout.strided_slot(head, position) is not None) == needed
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
+def test_strided_slot_follows_from_the_slot_mapping(layout: TierLayout) -> None:
+    """vLLM maps position p to page * B + p mod B, B tokens being the span of a page."""
+    span = layout.strided_page_tokens
+    block_table = torch.randperm(3).tolist()
+    for head in range(layout.pattern.num_kv_heads):
+        for position in range(3 * span):
+            mapped = block_table[position // span] * span + position % span
+            page, local_position = divmod(mapped, span)
+            place = layout.strided_slot(head, position)
+            local_place = layout.strided_slot(head, local_position)
+            assert (place is None) == (local_place is None)
+            if place is not None and local_place is not None:
+                assert (block_table[place[0]], place[1]) == (page, local_place[1])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
+def test_window_pages_hold_consecutive_tokens(layout: TierLayout) -> None:
+    span = layout.window_page_tokens
+    places = [layout.window_slot(position) for position in range(3 * span)]
+    assert places == [(page, slot) for page in range(3) for slot in range(span)]
+
+
+def test_phi3_small_page() -> None:
+    pattern = S2Pattern.build(32, 8, head_sliding_offset=1, pattern_heads="query")
+    layout = TierLayout(pattern, 256)
+    assert layout.super_blocks_per_page == 1
+    assert layout.strided_page_tokens == 512
+    # KV head 0 keeps residues 4 to 7: of super-block 2, block 21 has residue 5, the second of them.
+    assert layout.strided_slot(0, 21 * 64 + 3) == (2, 64 + 3)
+    assert layout.strided_slot(1, 21 * 64 + 3) is None
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
+def test_head_tables_say_what_the_pattern_says(layout: TierLayout) -> None:
+    pattern = layout.pattern
+    tables = head_tables(pattern, torch.device("cpu"))
+    assert tuple(tables.residue.tolist()) == pattern.residues
+    assert tuple(tables.rank.tolist()) == pattern.residue_ranks
+    assert tuple(map(tuple, tables.kept.tolist())) == pattern.kept_residues
+    assert tables.rank_of_residue.shape == (pattern.num_kv_heads, pattern.vert_stride)
+    for ranks, kept in zip(tables.rank_of_residue.tolist(), pattern.kept_residues, strict=True):
+        assert [residue for residue, rank in enumerate(ranks) if rank >= 0] == list(kept)
+        assert [rank for rank in ranks if rank >= 0] == list(range(pattern.num_kept))
+    assert all(table.dtype == torch.int32 for table in tables)
+
+
+@pytest.mark.parametrize("page_slots", [0, -64, 64, 200])
+def test_a_page_holds_whole_super_blocks(page_slots: int) -> None:
+    pattern = S2Pattern.build(32, 8, head_sliding_offset=1, pattern_heads="query")
+    message = rf"page_slots: {page_slots}, expected a multiple of 256 \(4 kept residues x block_size 64\)"
+    with pytest.raises(ValueError, match=message):
+        TierLayout(pattern, page_slots)

@@ -1,0 +1,245 @@
+"""The pattern against its definition, written out block by block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from s2_kernels.pattern import S2Pattern, first_returning_block
+
+REFERENCE = {
+    "phi3-small": S2Pattern.build(32, 8, head_sliding_offset=1, pattern_heads="query"),
+    "hhst-8b": S2Pattern.build(32, 8),
+    "s2-1.3b": S2Pattern.build(16, 16, local_blocks=8),
+    "s2-7b": S2Pattern.build(32, 32, local_blocks=8, vert_stride=16),
+    "s2-70b": S2Pattern.build(64, 64, local_blocks=8, vert_stride=32),
+}
+PATTERN = {"block_size": 16, "local_blocks": 2, "vert_stride": 4, "residues": (0, 3), "num_kv_heads": 2}
+
+
+@st.composite
+def build_arguments(draw: st.DrawFn) -> dict[str, Any]:
+    num_kv_heads = draw(st.integers(1, 6))
+    vert_stride = draw(st.integers(1, 9))
+    pattern_heads = draw(st.sampled_from(["kv", "query"]))
+    group = draw(st.integers(1, min(5, vert_stride) if pattern_heads == "query" else 5))
+    return {
+        "num_heads": num_kv_heads * group,
+        "num_kv_heads": num_kv_heads,
+        "block_size": draw(st.sampled_from([1, 4, 64])),
+        "local_blocks": draw(st.integers(1, 6)),
+        "vert_stride": vert_stride,
+        "homo_head": draw(st.booleans()),
+        "head_sliding_step": draw(st.none() | st.integers(0, 11)),
+        "head_sliding_offset": draw(st.integers(-9, 20)),
+        "pattern_heads": pattern_heads,
+    }
+
+
+def defined_to_attend(arguments: dict[str, Any], head: int, i: int, j: int) -> bool:
+    """The definition, from the parameters as a model's configuration gives them."""
+    heads = arguments["num_heads"] if arguments["pattern_heads"] == "query" else arguments["num_kv_heads"]
+    step = arguments["head_sliding_step"]
+    step = max(1, arguments["vert_stride"] // heads) if step is None else step
+    step = 0 if arguments["homo_head"] else step
+    pattern_head = head * heads // arguments["num_heads"]
+    shifted = j + pattern_head * step + arguments["head_sliding_offset"]
+    return j <= i and (i - j < arguments["local_blocks"] or shifted % arguments["vert_stride"] == 0)
+
+
+@given(build_arguments())
+def test_build_follows_the_definition(arguments: dict[str, Any]) -> None:
+    pattern = S2Pattern.build(**arguments)
+    blocks = 20
+    expected = torch.tensor(
+        [
+            [[defined_to_attend(arguments, h, i, j) for j in range(blocks)] for i in range(blocks)]
+            for h in range(arguments["num_heads"])
+        ]
+    )
+    assert torch.equal(pattern.block_mask(blocks), expected)
+    attends = [
+        [[pattern.attends(h, i, j) for j in range(blocks)] for i in range(blocks)]
+        for h in range(pattern.num_heads)
+    ]
+    assert torch.equal(torch.tensor(attends), expected)
+
+
+@given(build_arguments())
+def test_residues_that_a_kv_head_keeps_are_those_of_its_query_heads(arguments: dict[str, Any]) -> None:
+    pattern = S2Pattern.build(**arguments)
+    group = arguments["num_heads"] // arguments["num_kv_heads"]
+    for head in range(pattern.num_heads):
+        kept = pattern.kept_residues[head // group]
+        assert len(kept) == pattern.num_kept
+        assert kept[pattern.residue_ranks[head]] == pattern.residues[head]
+    if arguments["pattern_heads"] == "kv":
+        assert pattern.num_kept == 1
+
+
+@given(build_arguments())
+def test_dropped_blocks_never_return(arguments: dict[str, Any]) -> None:
+    assert first_returning_block(S2Pattern.build(**arguments).block_mask(30)) is None
+
+
+@given(build_arguments())
+def test_union_completeness_is_what_the_oldest_blocks_say(arguments: dict[str, Any]) -> None:
+    pattern = S2Pattern.build(**arguments)
+    old = pattern.block_mask(40)[:, -1, : 40 - pattern.local_blocks]
+    assert pattern.is_union_complete == bool(old.any(dim=0).all())
+
+
+def test_phi3_small_residues() -> None:
+    pattern = REFERENCE["phi3-small"]
+    assert pattern.residues == tuple(-(h + 1) % 8 for h in range(32))
+    assert pattern.num_kept == 4
+    assert pattern.kept_residues == ((4, 5, 6, 7), (0, 1, 2, 3)) * 4
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_reference_geometries_are_union_complete(name: str) -> None:
+    assert REFERENCE[name].is_union_complete
+
+
+def test_heads_of_one_pattern_are_not_union_complete() -> None:
+    assert not S2Pattern.build(8, 8, homo_head=True).is_union_complete
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("phi3-small", 0.51), ("hhst-8b", 0.13), ("s2-1.3b", 0.13), ("s2-7b", 0.07), ("s2-70b", 0.035)],
+)
+def test_stored_fraction_at_131072_tokens(name: str, expected: float) -> None:
+    assert REFERENCE[name].stored_fraction(131072) == pytest.approx(expected, abs=0.005)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 500, 1024, 1087, 5000, 131072])
+@pytest.mark.parametrize("name", REFERENCE)
+def test_stored_tokens_are_those_that_a_later_query_needs(name: str, length: int) -> None:
+    pattern = REFERENCE[name]
+    block = torch.arange(length) // 64
+    window = (length // 64 - block < pattern.local_blocks).sum().item()
+    group = pattern.num_heads // pattern.num_kv_heads
+    strided = 0
+    for kv_head in range(pattern.num_kv_heads):
+        residues = torch.tensor(pattern.residues[kv_head * group : (kv_head + 1) * group])
+        strided += torch.isin(block % pattern.vert_stride, residues).sum().item()
+    assert pattern.stored_tokens(length) == pytest.approx((window, strided / pattern.num_kv_heads))
+    assert pattern.stored_fraction(length) * length == pytest.approx(sum(pattern.stored_tokens(length)))
+
+
+@pytest.mark.parametrize(
+    ("name", "reduction"),
+    [("s2-1.3b", 7.6), ("phi3-small", 7.2), ("hhst-8b", 7.2), ("s2-7b", 14.3), ("s2-70b", 25.8)],
+)
+def test_work_at_131072_tokens(name: str, reduction: float) -> None:
+    pattern, blocks = REFERENCE[name], 131072 // 64
+    dense = pattern.num_heads * blocks * (blocks + 1) / 2
+    assert dense / pattern.block_mask(blocks).sum().item() == pytest.approx(reduction, abs=0.05)
+    # Half of a diagonal block is causal: a little more of what the pattern attends to than of all.
+    assert 1 / pattern.attended_fraction(131072) == pytest.approx(reduction, rel=0.015)
+
+
+@pytest.mark.parametrize("length", [64, 640, 2000])
+@pytest.mark.parametrize("name", ["phi3-small", "s2-7b"])
+def test_attended_fraction_counts_the_mask(name: str, length: int) -> None:
+    pattern, blocks = REFERENCE[name], -(-length // 64)
+    mask = pattern.block_mask(blocks).double()
+    halved = mask.sum() - mask.diagonal(dim1=1, dim2=2).sum() / 2
+    dense = pattern.num_heads * blocks * blocks / 2
+    assert pattern.attended_fraction(length) == pytest.approx(halved.item() / dense)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("name", REFERENCE)
+def test_shards_are_consecutive_heads(name: str, size: int) -> None:
+    pattern = REFERENCE[name]
+    shards = [pattern.shard(rank, size) for rank in range(size)]
+    assert sum((shard.residues for shard in shards), ()) == pattern.residues
+    assert sum((shard.kept_residues for shard in shards), ()) == pattern.kept_residues
+    for shard in shards:
+        assert (shard.block_size, shard.local_blocks) == (pattern.block_size, pattern.local_blocks)
+        assert shard.num_kv_heads == pattern.num_kv_heads // size
+
+
+def test_kv_heads_are_replicated_over_more_ranks_than_kv_heads() -> None:
+    pattern = S2Pattern.build(8, 2, vert_stride=4, pattern_heads="query")
+    shards = [pattern.shard(rank, 4) for rank in range(4)]
+    assert [shard.num_kv_heads for shard in shards] == [1] * 4
+    assert [shard.residues for shard in shards] == [(0, 3), (2, 1), (0, 3), (2, 1)]
+    assert [shard.kept_residues for shard in shards] == [((0, 3),), ((1, 2),)] * 2
+
+
+def test_first_returning_block_finds_a_planted_one() -> None:
+    mask = S2Pattern.build(4, 4, local_blocks=3, vert_stride=4).block_mask(16)
+    assert not mask[2, 10, 5]
+    mask[2, 11, 5] = True
+    mask[3, 15, 1] = not mask[3, 15, 1]
+    assert first_returning_block(mask) == (2, 5)
+
+
+def test_first_returning_block_ignores_what_is_not_causal() -> None:
+    assert first_returning_block(torch.ones(2, 6, 6, dtype=torch.bool)) is None
+    anticausal = torch.ones(2, 6, 6, dtype=torch.bool).triu(1) | torch.eye(6, dtype=torch.bool)
+    assert first_returning_block(anticausal) is None
+
+
+def test_first_returning_block_refuses_other_shapes() -> None:
+    with pytest.raises(
+        ValueError, match=r"block_mask: shape \(2, 3, 4\), expected \[heads, blocks, blocks\]"
+    ):
+        first_returning_block(torch.ones(2, 3, 4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("block_size", 48, "block_size: 48, expected a power of two"),
+        ("block_size", 0, "block_size: 0, expected a power of two"),
+        ("local_blocks", 0, "local_blocks: 0, expected a positive integer"),
+        ("vert_stride", -8, "vert_stride: -8, expected a positive integer"),
+        ("num_kv_heads", 0, "num_kv_heads: 0, expected a positive integer"),
+        ("residues", (), r"residues: 0 query heads, expected a positive multiple of num_kv_heads \(2\)"),
+        ("residues", (0, 1, 2), "residues: 3 query heads, expected a positive multiple"),
+        ("residues", (0, 4), r"residues: \(0, 4\), expected values in \[0, 4\)"),
+        ("residues", (-1, 0), r"residues: \(-1, 0\), expected values in \[0, 4\)"),
+        ("residues", (0, 0, 1, 2), r"residues: KV heads keep \[1, 2\] residues, expected the same number"),
+    ],
+)
+def test_errors_of_the_pattern(field: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        S2Pattern(**{**PATTERN, field: value})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_heads": 0}, "num_heads: 0, expected a positive integer"),
+        ({"num_kv_heads": 0}, "num_kv_heads: 0, expected a positive integer"),
+        ({"num_heads": 7}, r"num_heads: 7, expected a multiple of num_kv_heads \(2\)"),
+        ({"vert_stride": 0}, "vert_stride: 0, expected a positive integer"),
+        ({"pattern_heads": "both"}, "pattern_heads: 'both', expected 'kv' or 'query'"),
+        ({"vert_stride": 3, "pattern_heads": "query"}, "vert_stride: 3, expected at least 4"),
+    ],
+)
+def test_errors_of_build(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        S2Pattern.build(**{"num_heads": 8, "num_kv_heads": 2, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("rank", "size", "message"),
+    [
+        (2, 2, r"rank: 2, expected a value in \[0, 2\)"),
+        (-1, 2, r"rank: -1, expected a value in \[0, 2\)"),
+        (0, 5, "tensor-parallel size: 5, expected a divisor of the 12 query heads"),
+        (0, 4, "tensor-parallel size: 4, expected a divisor or a multiple of the 6 KV heads"),
+    ],
+)
+def test_errors_of_shard(rank: int, size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        S2Pattern.build(12, 6).shard(rank, size)
