@@ -1,0 +1,287 @@
+"""S2-Attention of many queries per request on the two-tier paged KV cache: prefill, chunked or not.
+
+A program owns BLOCK_M consecutive queries (a tile) of one query head. Tiles start at a request's first
+query, wherever that is in a block, and may span several blocks: strided blocks sit at absolute positions,
+so the rows of a tile share them, and only the edges of the window differ from row to row (merge-Q).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from s2_kernels.layout import head_tables
+from s2_kernels.pattern import S2Pattern
+from s2_kernels.tiles import (
+    LOG2_E,
+    MIN_DOT_SIZE,
+    check_paged_arguments,
+    load_kv,
+    load_kv_where,
+    load_tile_where,
+    query_key,
+    softmax_step,
+)
+
+
+@triton.jit
+def request_of_tile(query_start_loc, tile, num_requests, BLOCK_M: tl.constexpr):
+    """The last request n whose tiles start at or before `tile`: they start at starts[n] // BLOCK_M + n.
+
+    Every request gets at least ceil(queries / BLOCK_M) tiles, and the grid depends on shapes only.
+    """
+    low = tl.full((), 0, tl.int32)
+    high = low + num_requests
+    while high - low > 1:
+        middle = (low + high) // 2
+        starts_before = tl.load(query_start_loc + middle) // BLOCK_M + middle <= tile
+        low = tl.where(starts_before, middle, low)
+        high = tl.where(starts_before, high, middle)
+    return low
+
+
+@triton.jit(do_not_specialize=["num_requests"])
+def paged_prefill_fwd_kernel(
+    q,  # [tokens, num_heads, head_size]
+    window_cache,  # [pages, num_kv_heads, page_slots, 2 * head_size]
+    strided_cache,
+    window_table,  # [requests, pages]
+    strided_table,
+    query_start_loc,  # [requests + 1]
+    seq_lens,  # [requests]
+    residues,  # [num_heads]
+    ranks,  # [num_heads]
+    out,  # as q
+    scale_log2,
+    num_requests,
+    q_stride_token: tl.int64,
+    q_stride_head: tl.int64,
+    window_stride_page: tl.int64,
+    window_stride_head: tl.int64,
+    window_stride_slot: tl.int64,
+    strided_stride_page: tl.int64,
+    strided_stride_head: tl.int64,
+    strided_stride_slot: tl.int64,
+    window_table_stride: tl.int64,
+    strided_table_stride: tl.int64,
+    out_stride_token: tl.int64,
+    out_stride_head: tl.int64,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    PAGE_SLOTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
+    VERT_STRIDE: tl.constexpr,
+    NUM_KEPT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Program (h, -t): query head h, query tile t; late tiles, which have more keys, start first."""
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    request = request_of_tile(query_start_loc, tile, num_requests, BLOCK_M)
+    query_start = tl.load(query_start_loc + request)
+    query_len = tl.load(query_start_loc + request + 1) - query_start
+    first_row = (tile - query_start // BLOCK_M - request) * BLOCK_M
+    if first_row >= query_len:
+        return
+
+    head = tl.program_id(0)
+    kv_head = (head // GROUP_SIZE).to(tl.int64)
+    window_cache += kv_head * window_stride_head
+    strided_cache += kv_head * strided_stride_head
+    window_table += request.to(tl.int64) * window_table_stride
+    strided_table += request.to(tl.int64) * strided_table_stride
+
+    # Rows past the last query repeat it, so that no row of the tile is without keys.
+    context_len = tl.load(seq_lens + request) - query_len
+    rows = first_row + tl.arange(0, BLOCK_M)
+    is_row = rows < query_len
+    last_position = context_len + tl.minimum(first_row + BLOCK_M, query_len) - 1
+    positions = tl.minimum(context_len + rows, last_position)
+    window_starts = (positions // BLOCK_SIZE - LOCAL_BLOCKS + 1) * BLOCK_SIZE
+    first_block = (context_len + first_row) // BLOCK_SIZE
+    last_block = last_position // BLOCK_SIZE
+
+    tokens = (query_start + rows).to(tl.int64)
+    q_rows = q + tokens * q_stride_token + head.to(tl.int64) * q_stride_head
+    queries = load_tile_where(q_rows, is_row, HEAD_SIZE, HEAD_PADDED)
+    acc = tl.zeros((BLOCK_M, HEAD_PADDED), tl.float32)
+    row_max = tl.full((BLOCK_M,), -1e30, tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+
+    # Strided blocks older than the window: of all rows, then of the last rows only.
+    residue = tl.load(residues + head)
+    rank = tl.load(ranks + head)
+    TILES: tl.constexpr = BLOCK_SIZE // BLOCK_N
+    num_all = tl.maximum(first_block - LOCAL_BLOCKS - residue + VERT_STRIDE, 0) // VERT_STRIDE
+    num_any = tl.maximum(last_block - LOCAL_BLOCKS - residue + VERT_STRIDE, 0) // VERT_STRIDE
+    for n in range(0, num_all * TILES):
+        first_token = (n // TILES * NUM_KEPT + rank) * BLOCK_SIZE + n % TILES * BLOCK_N
+        k, v = load_kv(
+            strided_cache,
+            strided_table,
+            first_token,
+            strided_stride_page,
+            strided_stride_slot,
+            PAGE_SLOTS,
+            BLOCK_N,
+            HEAD_SIZE,
+            HEAD_PADDED,
+        )
+        logits = query_key(queries, k)
+        acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, scale_log2)
+    for n in range(num_all * TILES, num_any * TILES):
+        first_token = (n // TILES * NUM_KEPT + rank) * BLOCK_SIZE + n % TILES * BLOCK_N
+        k, v = load_kv(
+            strided_cache,
+            strided_table,
+            first_token,
+            strided_stride_page,
+            strided_stride_slot,
+            PAGE_SLOTS,
+            BLOCK_N,
+            HEAD_SIZE,
+            HEAD_PADDED,
+        )
+        block_start = (n // TILES * VERT_STRIDE + residue) * BLOCK_SIZE
+        is_older = block_start < window_starts
+        logits = tl.where(is_older[:, None], query_key(queries, k), float("-inf"))
+        acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, scale_log2)
+
+    # The part of the window that every row sees, then its old and its causal edge.
+    window_first = tl.maximum(first_block - LOCAL_BLOCKS + 1, 0)
+    shared_first = tl.maximum(last_block - LOCAL_BLOCKS + 1, 0)
+    for n in range(shared_first * TILES, first_block * TILES):
+        k, v = load_kv(
+            window_cache,
+            window_table,
+            n * BLOCK_N,
+            window_stride_page,
+            window_stride_slot,
+            PAGE_SLOTS,
+            BLOCK_N,
+            HEAD_SIZE,
+            HEAD_PADDED,
+        )
+        logits = query_key(queries, k)
+        acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, scale_log2)
+    num_old = (shared_first - window_first) * TILES
+    causal_first = tl.maximum(first_block, shared_first) * TILES
+    num_causal = last_position // BLOCK_N + 1 - causal_first
+    for n in range(0, num_old + num_causal):
+        first_token = tl.where(n < num_old, window_first * TILES + n, causal_first + n - num_old) * BLOCK_N
+        keys = first_token + tl.arange(0, BLOCK_N)
+        is_written = keys <= last_position
+        k, v = load_kv_where(
+            is_written,
+            window_cache,
+            window_table,
+            first_token,
+            window_stride_page,
+            window_stride_slot,
+            PAGE_SLOTS,
+            BLOCK_N,
+            HEAD_SIZE,
+            HEAD_PADDED,
+        )
+        visible = (keys[None, :] >= window_starts[:, None]) & (keys[None, :] <= positions[:, None])
+        logits = tl.where(visible, query_key(queries, k), float("-inf"))
+        acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, scale_log2)
+
+    dims = tl.arange(0, HEAD_PADDED)[None, :]
+    out_rows = out + tokens * out_stride_token + head.to(tl.int64) * out_stride_head
+    result = (acc / row_sum[:, None]).to(out.dtype.element_ty)
+    tl.store(out_rows[:, None] + dims, result, mask=is_row[:, None] & (dims < HEAD_SIZE))
+
+
+def prefill_config(head_padded: int, block_size: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile shapes and launch options. Tiles of keys stay within a block."""
+    if dtype == torch.float32:  # multiplied without tensor cores: small tiles, or registers spill
+        return {"BLOCK_M": 32, "BLOCK_N": MIN_DOT_SIZE, "num_warps": 8, "num_stages": 2}
+    if head_padded > 128:
+        return {"BLOCK_M": 64, "BLOCK_N": min(block_size, 64), "num_warps": 8, "num_stages": 2}
+    num_warps = 8 if head_padded == 128 else 4
+    return {"BLOCK_M": 128, "BLOCK_N": min(block_size, 64), "num_warps": num_warps, "num_stages": 5}
+
+
+def paged_prefill(
+    q: torch.Tensor,
+    window_cache: torch.Tensor,
+    strided_cache: torch.Tensor,
+    window_table: torch.Tensor,
+    strided_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    pattern: S2Pattern,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """S2-Attention of a batch of requests with any number of queries each.
+
+    The keys and values of the queries' own tokens must be in the caches already. Nothing outside a
+    query's set is read, neither a page nor what the block table says about it.
+
+    Args:
+        q: [tokens, num_heads, head_size], any strides but a contiguous last dimension; a request's
+            queries are the last tokens of its sequence.
+        window_cache, strided_cache: [pages, num_kv_heads, page_slots, 2 * head_size], likewise.
+        window_table, strided_table: int32 [requests, *], page of each span of a tier's page tokens.
+        query_start_loc: int32 [requests + 1]; a request may have no query.
+        seq_lens: int32 [requests], context and queries.
+        pattern: the pattern of these heads.
+        scale: factor on the logits, positive.
+        out: as q; rows of tokens that belong to no request are left as they are.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype or value; the message names it.
+    """
+    layout = check_paged_arguments(
+        q,
+        window_cache,
+        strided_cache,
+        window_table,
+        strided_table,
+        query_start_loc,
+        seq_lens,
+        pattern,
+        scale,
+        out,
+    )
+    num_tokens, num_heads, head_size = q.shape
+    num_requests = seq_lens.shape[0]
+    if num_tokens == 0 or num_requests == 0:
+        return
+    head_padded = max(MIN_DOT_SIZE, triton.next_power_of_2(head_size))
+    config = prefill_config(head_padded, pattern.block_size, q.dtype)
+    tables = head_tables(pattern, q.device)
+    paged_prefill_fwd_kernel[(num_heads, num_tokens // config["BLOCK_M"] + num_requests)](
+        q,
+        window_cache,
+        strided_cache,
+        window_table,
+        strided_table,
+        query_start_loc,
+        seq_lens,
+        tables.residue,
+        tables.rank,
+        out,
+        scale * LOG2_E,
+        num_requests,
+        *q.stride()[:2],
+        *window_cache.stride()[:3],
+        *strided_cache.stride()[:3],
+        window_table.stride(0),
+        strided_table.stride(0),
+        *out.stride()[:2],
+        GROUP_SIZE=pattern.group_size,
+        HEAD_SIZE=head_size,
+        HEAD_PADDED=head_padded,
+        PAGE_SLOTS=layout.page_slots,
+        BLOCK_SIZE=pattern.block_size,
+        LOCAL_BLOCKS=pattern.local_blocks,
+        VERT_STRIDE=pattern.vert_stride,
+        NUM_KEPT=pattern.num_kept,
+        **config,
+    )

@@ -1,0 +1,211 @@
+"""What the attention kernels share: the arguments they accept, a tile of keys or values, a softmax step.
+
+Seen from one KV head, both tiers are a sequence of tokens cut into pages of `page_slots` slots: the
+window tier holds every token in order, the strided tier the blocks of the kept residues in order, one
+after the other. So token t of a tier is in slot t mod page_slots of page t // page_slots of its table.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from s2_kernels.layout import TierLayout
+from s2_kernels.pattern import S2Pattern
+
+LOG2_E = math.log2(math.e)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MIN_DOT_SIZE = 16
+"""The smallest extent that `tl.dot` takes."""
+MAX_HEAD_SIZE = 256
+
+
+def check_paged_arguments(
+    q: torch.Tensor,
+    window_cache: torch.Tensor,
+    strided_cache: torch.Tensor,
+    window_table: torch.Tensor,
+    strided_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    pattern: S2Pattern,
+    scale: float,
+    out: torch.Tensor,
+) -> TierLayout:
+    """The page geometry of a paged attention call, whose arguments are checked (their shapes only).
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype or value; the message names it.
+    """
+    if q.dim() != 3 or q.shape[1] != pattern.num_heads or not 1 <= q.shape[2] <= MAX_HEAD_SIZE:
+        raise ValueError(
+            f"q: shape {tuple(q.shape)}, expected [tokens, {pattern.num_heads}, at most {MAX_HEAD_SIZE}]"
+        )
+    if q.dtype not in DTYPES:
+        raise ValueError(f"q: dtype {q.dtype}, expected one of {DTYPES}")
+    if out.shape != q.shape or out.dtype != q.dtype:
+        raise ValueError(f"out: {out.dtype} {tuple(out.shape)}, expected {q.dtype} {tuple(q.shape)} as q")
+    for name, tensor in (("q", q), ("out", out)):
+        check_contiguous_last_dim(name, tensor)
+    if pattern.block_size < MIN_DOT_SIZE:
+        raise ValueError(
+            f"pattern.block_size: {pattern.block_size}, expected at least {MIN_DOT_SIZE} for these kernels"
+        )
+    if not scale > 0:
+        raise ValueError(f"scale: {scale}, expected a positive number")
+    layout = check_caches(window_cache, strided_cache, pattern, q.shape[2], q.dtype)
+    requests = seq_lens.shape[0]
+    if query_start_loc.shape != (requests + 1,):
+        raise ValueError(
+            f"query_start_loc: shape {tuple(query_start_loc.shape)}, expected [{requests + 1}], "
+            "one more than seq_lens"
+        )
+    for name, table in (("window_table", window_table), ("strided_table", strided_table)):
+        if table.dim() != 2 or table.shape[0] < requests:
+            raise ValueError(
+                f"{name}: shape {tuple(table.shape)}, expected a row for each of {requests} requests"
+            )
+        check_contiguous_last_dim(name, table)
+    return layout
+
+
+def check_caches(
+    window_cache: torch.Tensor,
+    strided_cache: torch.Tensor,
+    pattern: S2Pattern,
+    head_size: int,
+    dtype: torch.dtype,
+) -> TierLayout:
+    """The page geometry of two caches, which are checked.
+
+    Raises:
+        ValueError: a cache has a wrong shape or dtype; the message names it.
+    """
+    for name, cache in (("window_cache", window_cache), ("strided_cache", strided_cache)):
+        if cache.dim() != 4 or cache.shape[1] != pattern.num_kv_heads or cache.shape[3] != 2 * head_size:
+            raise ValueError(
+                f"{name}: shape {tuple(cache.shape)}, expected "
+                f"[pages, {pattern.num_kv_heads}, page_slots, {2 * head_size}]"
+            )
+        if cache.dtype != dtype:
+            raise ValueError(f"{name}: dtype {cache.dtype}, expected {dtype} as the other tensors")
+        check_contiguous_last_dim(name, cache)
+    if strided_cache.shape[2] != window_cache.shape[2]:
+        raise ValueError(
+            f"strided_cache: {strided_cache.shape[2]} slots in a page, expected "
+            f"{window_cache.shape[2]} as in window_cache"
+        )
+    return TierLayout(pattern, window_cache.shape[2])
+
+
+def check_contiguous_last_dim(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError when elements of the last dimension are not next to each other."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise ValueError(f"{name}: strides {tensor.stride()}, expected a contiguous last dimension")
+
+
+def largest_power_of_two_divisor(value: int) -> int:
+    """The largest power of two that divides `value`."""
+    return value & -value
+
+
+@triton.jit
+def token_rows(
+    cache,  # first page's K of one KV head
+    table,  # a request's row of the block table
+    first_token,
+    stride_page,
+    stride_slot,
+    PAGE_SLOTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Pointers [BLOCK_N] to K of consecutive tokens of a tier, which must lie in one page."""
+    page = tl.load(table + first_token // PAGE_SLOTS).to(tl.int64)
+    slots = first_token % PAGE_SLOTS + tl.arange(0, BLOCK_N)
+    return cache + page * stride_page + slots.to(tl.int64) * stride_slot
+
+
+@triton.jit
+def load_tile(rows, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr):
+    """[BLOCK_N, HEAD_PADDED]: the vectors of HEAD_SIZE elements at `rows`, padded with zeros."""
+    dims = tl.arange(0, HEAD_PADDED)
+    pointers = rows[:, None] + dims[None, :]
+    if HEAD_SIZE == HEAD_PADDED:
+        tile = tl.load(pointers)
+    else:
+        tile = tl.load(pointers, mask=(dims < HEAD_SIZE)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def load_tile_where(rows, keep, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constexpr):
+    """As `load_tile`, with zeros (and no access) where `keep` [BLOCK_N] is false."""
+    dims = tl.arange(0, HEAD_PADDED)
+    pointers = rows[:, None] + dims[None, :]
+    if HEAD_SIZE == HEAD_PADDED:
+        tile = tl.load(pointers, mask=keep[:, None], other=0.0)
+    else:
+        tile = tl.load(pointers, mask=keep[:, None] & (dims < HEAD_SIZE)[None, :], other=0.0)
+    return tile
+
+
+@triton.jit
+def load_kv(
+    cache,  # first page of one KV head
+    table,  # a request's row of the block table
+    first_token,
+    stride_page,
+    stride_slot,
+    PAGE_SLOTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+):
+    """K and V, [BLOCK_N, HEAD_PADDED] each, of consecutive tokens of a tier, which must lie in one page."""
+    rows = token_rows(cache, table, first_token, stride_page, stride_slot, PAGE_SLOTS, BLOCK_N)
+    k = load_tile(rows, HEAD_SIZE, HEAD_PADDED)
+    v = load_tile(rows + HEAD_SIZE, HEAD_SIZE, HEAD_PADDED)
+    return k, v
+
+
+@triton.jit
+def load_kv_where(
+    keep,
+    cache,
+    table,
+    first_token,
+    stride_page,
+    stride_slot,
+    PAGE_SLOTS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+):
+    """As `load_kv`, with zeros (and no access) where `keep` [BLOCK_N] is false."""
+    rows = token_rows(cache, table, first_token, stride_page, stride_slot, PAGE_SLOTS, BLOCK_N)
+    k = load_tile_where(rows, keep, HEAD_SIZE, HEAD_PADDED)
+    v = load_tile_where(rows + HEAD_SIZE, keep, HEAD_SIZE, HEAD_PADDED)
+    return k, v
+
+
+@triton.jit
+def query_key(q, k):
+    """[BLOCK_M, BLOCK_N] unscaled logits. Float32 inputs are multiplied in float32, not TF32."""
+    return tl.dot(q, tl.trans(k), input_precision="ieee")
+
+
+@triton.jit
+def softmax_step(logits, v, acc, row_max, row_sum, scale_log2):
+    """One step of the online softmax (arXiv 2205.14135, algorithm 1) in base 2.
+
+    `logits` are unscaled and -inf where masked; `row_max` is of scaled logits and finite from the start,
+    so that a row without any key yet stays at sum 0 and never computes inf - inf.
+    """
+    new_max = tl.maximum(row_max, tl.max(logits, 1) * scale_log2)
+    weights = tl.exp2(logits * scale_log2 - new_max[:, None])
+    decay = tl.exp2(row_max - new_max)
+    acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
+    return acc, new_max, row_sum * decay + tl.sum(weights, 1)

@@ -1,0 +1,130 @@
+"""Paged decode against S2-Attention over contiguous keys and values."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import pytest
+import torch
+
+from s2_kernels.decode import MAX_SPLITS, choose_num_splits, paged_decode
+from s2_kernels.pattern import S2Pattern
+from tests.paged import (
+    DEVICE,
+    DTYPE_NAMES,
+    DTYPES,
+    GEOMETRIES,
+    Geometry,
+    PagedBatch,
+    build_batch,
+    move_to_far_pages,
+)
+
+# (context, queries) of each request, for blocks of 16 tokens; longer blocks get contexts in proportion.
+# First and last token of a block, of the window, of a super-block; an empty context; padding requests.
+REQUESTS = [(0, 1), (15, 1), (0, 0), (32, 1), (63, 1), (64, 1), (90, 0), (301, 1)]
+SMALL = Geometry(S2Pattern.build(2, 2, block_size=16, local_blocks=2, vert_stride=4))
+
+
+def scaled(pattern: S2Pattern) -> list[tuple[int, int]]:
+    factor = pattern.block_size // 16
+    return [(context * factor, queries) for context, queries in REQUESTS]
+
+
+def run(batch: PagedBatch, num_splits: int | None = None) -> torch.Tensor:
+    out = batch.poisoned_output()
+    paged_decode(*batch.attention_arguments(), batch.pattern, batch.scale, out, num_splits)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
+@pytest.mark.parametrize("num_splits", [1, 5], ids=lambda n: f"splits{n}")
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_matches_attention_over_contiguous_keys(
+    geometry: Geometry, num_splits: int, dtype: torch.dtype
+) -> None:
+    batch = build_batch(geometry, scaled(geometry.pattern), dtype=dtype, padding_tokens=3)
+    batch.check(run(batch, num_splits))
+
+
+@pytest.mark.parametrize("position", range(3, 16 * 13, 15))
+def test_every_place_of_the_query_in_its_super_block(position: int) -> None:
+    pattern = S2Pattern.build(
+        4, 1, block_size=16, local_blocks=2, vert_stride=5, head_sliding_step=2, pattern_heads="query"
+    )
+    batch = build_batch(Geometry(pattern), [(position, 1)], seed=position)
+    batch.check(run(batch, 2))
+
+
+def test_caches_with_any_strides() -> None:
+    batch = build_batch(GEOMETRIES[2], REQUESTS, pool="token-major")
+    assert batch.window_cache.stride() != batch.strided_cache.stride()
+    batch.check(run(batch, 3))
+
+
+def test_group_larger_than_the_smallest_tile() -> None:
+    geometry = Geometry(S2Pattern.build(17, 1, block_size=16, local_blocks=2, vert_stride=2), head_size=32)
+    batch = build_batch(geometry, [(130, 1)])
+    batch.check(run(batch))
+
+
+def test_window_over_everything_is_dense_causal_attention() -> None:
+    pattern = S2Pattern.build(2, 1, block_size=16, local_blocks=7, vert_stride=4)
+    batch = build_batch(Geometry(pattern), [(99, 1)])
+    k, v = (x.repeat_interleave(2, dim=1).transpose(0, 1) for x in (batch.k, batch.v))
+    dense = torch.nn.functional.scaled_dot_product_attention(batch.q.transpose(0, 1), k, v, scale=batch.scale)
+    torch.testing.assert_close(run(batch, 2), dense.transpose(0, 1), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("requests", [[], [(0, 0)], [(40, 0), (0, 0)]], ids=str)
+def test_batch_without_queries(requests: list[tuple[int, int]]) -> None:
+    batch = build_batch(SMALL, requests, padding_tokens=5)
+    batch.check(run(batch))
+
+
+def test_more_splits_than_tiles_of_keys() -> None:
+    batch = build_batch(SMALL, [(20, 1), (70, 1)])
+    batch.check(run(batch, 10 * MAX_SPLITS))
+
+
+def test_splits_fall_with_the_programs_there_are() -> None:
+    device = torch.device(DEVICE)
+    splits = [choose_num_splits(programs, device) for programs in (1, 8, 64, 10_000)]
+    assert splits == sorted(splits, reverse=True)
+    assert splits[-1] == 1
+    assert splits[0] <= MAX_SPLITS
+
+
+def test_wrong_number_of_splits_is_named() -> None:
+    batch = build_batch(SMALL, [(20, 1)])
+    with pytest.raises(ValueError, match=r"^num_splits: 0"):
+        run(batch, 0)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU: captures a CUDA graph")
+def test_cuda_graph_replays_with_other_lengths() -> None:
+    lengths = [(300, 1), (0, 0), (40, 1)]
+    captured = build_batch(SMALL, lengths, dtype=torch.bfloat16)
+    arguments, out = captured.attention_arguments(), captured.poisoned_output()
+
+    def decode() -> None:
+        paged_decode(*arguments, captured.pattern, captured.scale, out)
+
+    decode()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decode()
+    for order in permutations(lengths):
+        batch = build_batch(SMALL, list(order), dtype=torch.bfloat16, seed=1)
+        for static, new in zip(arguments, batch.attention_arguments(), strict=True):
+            static.copy_(new)
+        out.fill_(torch.nan)
+        graph.replay()
+        batch.check(out)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU: a cache of more than 2**31 elements")
+def test_pages_past_32_bit_offsets() -> None:
+    batch = build_batch(SMALL, [(160, 1)], dtype=torch.bfloat16)
+    move_to_far_pages(batch)
+    batch.check(run(batch))

@@ -1,0 +1,128 @@
+"""Paged prefill against S2-Attention over contiguous keys and values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from s2_kernels.pattern import S2Pattern
+from s2_kernels.prefill import paged_prefill
+from tests.paged import (
+    DEVICE,
+    DTYPE_NAMES,
+    DTYPES,
+    GEOMETRIES,
+    Geometry,
+    PagedBatch,
+    build_batch,
+    move_to_far_pages,
+)
+
+# (context, queries) of each request, for blocks of 16 tokens; longer blocks get lengths in proportion.
+BATCHES = {
+    "prompts": [(0, 77), (0, 1), (0, 130)],
+    "chunks": [(170, 70), (37, 25), (96, 16)],
+    "mixed": [(0, 33), (150, 1), (0, 0), (331, 20), (500, 0)],
+}
+SMALL = Geometry(S2Pattern.build(2, 2, block_size=16, local_blocks=2, vert_stride=4))
+
+
+def scaled(batch: str, pattern: S2Pattern) -> list[tuple[int, int]]:
+    factor = pattern.block_size // 16
+    return [(context * factor, queries * factor) for context, queries in BATCHES[batch]]
+
+
+def run(batch: PagedBatch) -> torch.Tensor:
+    out = batch.poisoned_output()
+    paged_prefill(*batch.attention_arguments(), batch.pattern, batch.scale, out)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
+@pytest.mark.parametrize("requests", BATCHES)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_matches_attention_over_contiguous_keys(
+    geometry: Geometry, requests: str, dtype: torch.dtype
+) -> None:
+    batch = build_batch(geometry, scaled(requests, geometry.pattern), dtype=dtype, padding_tokens=3)
+    batch.check(run(batch))
+
+
+def test_caches_with_any_strides() -> None:
+    batch = build_batch(GEOMETRIES[2], BATCHES["mixed"], pool="token-major")
+    assert batch.window_cache.stride() != batch.strided_cache.stride()
+    batch.check(run(batch))
+
+
+@pytest.mark.parametrize("local_blocks", [6, 100])
+def test_window_over_everything_is_dense_causal_attention(local_blocks: int) -> None:
+    length = 6 * 16 - 5
+    pattern = S2Pattern.build(2, 1, block_size=16, local_blocks=local_blocks, vert_stride=4)
+    batch = build_batch(Geometry(pattern), [(0, length)])
+    k, v = (x.repeat_interleave(2, dim=1).transpose(0, 1) for x in (batch.k, batch.v))
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        batch.q.transpose(0, 1), k, v, is_causal=True, scale=batch.scale
+    )
+    torch.testing.assert_close(run(batch), dense.transpose(0, 1), atol=2e-5, rtol=2e-5)
+
+
+def test_chunks_equal_the_whole_prompt() -> None:
+    whole = build_batch(SMALL, [(0, 150)])
+    out = run(whole)
+    for start, end in ((0, 41), (41, 112), (112, 150)):
+        chunk = build_batch(SMALL, [(0, 150)])
+        chunk.q, chunk.query_start_loc, chunk.seq_lens = whole.q[start:end], [0, end - start], [end]
+        torch.testing.assert_close(run(chunk), out[start:end], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("requests", [[], [(0, 0)], [(40, 0), (0, 0)]], ids=str)
+def test_batch_without_queries(requests: list[tuple[int, int]]) -> None:
+    batch = build_batch(SMALL, requests, padding_tokens=5)
+    batch.check(run(batch))
+
+
+def test_wrong_arguments_are_named() -> None:
+    batch = build_batch(SMALL, [(0, 20)])
+    out = batch.poisoned_output()
+    q, window, strided, *rest = batch.attention_arguments()
+    window_table, strided_table, query_start_loc, seq_lens = rest
+    pattern, scale = batch.pattern, batch.scale
+    tiny = S2Pattern.build(2, 2, block_size=8, local_blocks=2, vert_stride=4)
+    with pytest.raises(ValueError, match=r"^q: shape"):
+        paged_prefill(q[:, :1], window, strided, *rest, pattern, scale, out)
+    with pytest.raises(ValueError, match=r"^out: "):
+        paged_prefill(q, window, strided, *rest, pattern, scale, out[:3])
+    with pytest.raises(ValueError, match=r"^window_cache: dtype"):
+        paged_prefill(q, window.half(), strided, *rest, pattern, scale, out)
+    with pytest.raises(ValueError, match=r"^strided_cache: shape"):
+        paged_prefill(q, window, strided[..., :-1], *rest, pattern, scale, out)
+    with pytest.raises(ValueError, match=r"^strided_cache: 8 slots"):
+        paged_prefill(q, window, strided[:, :, :8], *rest, pattern, scale, out)
+    with pytest.raises(ValueError, match=r"^strided_table: shape"):
+        paged_prefill(
+            q,
+            window,
+            strided,
+            window_table,
+            strided_table[:0],
+            query_start_loc,
+            seq_lens,
+            pattern,
+            scale,
+            out,
+        )
+    with pytest.raises(ValueError, match=r"^query_start_loc: shape"):
+        paged_prefill(
+            q, window, strided, window_table, strided_table, seq_lens, seq_lens, pattern, scale, out
+        )
+    with pytest.raises(ValueError, match=r"^scale: 0"):
+        paged_prefill(q, window, strided, *rest, pattern, 0.0, out)
+    with pytest.raises(ValueError, match=r"^pattern\.block_size: 8"):
+        paged_prefill(q, window, strided, *rest, tiny, scale, out)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU: a cache of more than 2**31 elements")
+def test_pages_past_32_bit_offsets() -> None:
+    batch = build_batch(SMALL, [(100, 60)], dtype=torch.bfloat16)
+    move_to_far_pages(batch)
+    batch.check(run(batch))
