@@ -1,0 +1,173 @@
+"""The sparse attention layer: two KV cache entries behind vLLM's `Attention` interface.
+
+`S2Attention` itself is the entry of the window tier. Its sibling, `StridedTier`, has no forward: it
+exists to own the strided tier's pages, block table and slot mapping. With `layers_per_entry` > 1, the
+first layer of each run of that many owns the pages of all of them (a *leader*); the others share its KV
+cache through vLLM's own KV sharing, each using its own range of the heads.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.kv_cache_interface import KVCacheSpec
+
+from s2_vllm.backend import S2AttentionBackend
+from s2_vllm.config import KEY, S2ConfigError
+from s2_vllm.specs import strided_spec, window_spec
+from s2_vllm.startup import STRIDED_SUFFIX, plan_of
+
+if TYPE_CHECKING:
+    from s2_vllm.plan import CachePlan
+
+
+def attention_class(cls: type[Attention], prefix: str) -> type[Attention]:
+    """The class to construct where a model asks for `cls`: `S2Attention` for a sparse layer.
+
+    Raises:
+        S2ConfigError: a sparse layer asks for a special kind of attention.
+    """
+    vllm_config = get_current_vllm_config_or_none()
+    plan = None if vllm_config is None else plan_of(vllm_config)
+    if plan is None or extract_layer_index(prefix) in plan.dense_layers:
+        return cls
+    if cls is not Attention:
+        raise _refusal(prefix, f"is a {cls.__name__}")
+    return S2Attention
+
+
+class StridedTier(nn.Module, AttentionLayerBase):
+    """The KV cache entry of the strided tier."""
+
+    def __init__(self, layer: S2Attention, name: str) -> None:
+        super().__init__()
+        self.layer_name = name
+        self.num_heads = layer.num_heads
+        self.impl = layer.impl
+        self.kv_cache = torch.tensor([])
+        self._spec = strided_spec(layer.plan, layer.kv_cache_torch_dtype)
+
+    def get_attn_backend(self) -> type[S2AttentionBackend]:
+        """The same backend as the window tier's: its builder makes this entry's metadata."""
+        return S2AttentionBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        """The strided tier's pages, as vLLM's KV cache manager sees them."""
+        return self._spec
+
+
+class S2Attention(Attention):
+    """A sparse layer in the place of `Attention`, with the same constructor.
+
+    Raises:
+        S2ConfigError: the layer asks for something that S2-Attention is not (a sliding window, soft-capped
+            logits, ALiBi, attention sinks, ...), or its heads are not those of the plan.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        given = signature(Attention.__init__).bind(None, *args, **kwargs)
+        given.apply_defaults()
+        prefix = given.arguments["prefix"]
+        _check_arguments(prefix, given.arguments)
+        vllm_config = get_current_vllm_config_or_none()
+        assert vllm_config is not None
+        plan = plan_of(vllm_config)
+        assert plan is not None
+        self.plan: CachePlan = plan
+        self.place = plan.sparse_layers.index(extract_layer_index(prefix)) % plan.layers_per_entry
+        leader = None if self.place == 0 else _leader(plan, prefix, vllm_config)
+        kwargs.update(
+            attn_backend=S2AttentionBackend,
+            kv_sharing_target_layer_name=None if leader is None else leader.layer_name,
+            pattern=plan.layer_residues(get_tensor_model_parallel_rank()),
+            page_slots=plan.page_slots,
+            strided_name=(prefix if leader is None else leader.layer_name) + STRIDED_SUFFIX,
+        )
+        super().__init__(*args, **kwargs)
+        self._check_layer()
+        if leader is None:
+            self.strided = StridedTier(self, prefix + STRIDED_SUFFIX)
+            context = vllm_config.compilation_config.static_forward_context
+            context[self.strided.layer_name] = self.strided
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        """The window tier's; vLLM asks leaders only, and asks the strided sibling by itself."""
+        return window_spec(self.plan, self.kv_cache_torch_dtype)
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        """Take this layer's heads of the entry's pages.
+
+        Args:
+            kv_cache: [pages, entry's KV heads, page_slots, 2 * head_size].
+        """
+        self.kv_cache = self.heads_of(kv_cache)
+
+    def heads_of(self, entry_cache: torch.Tensor) -> torch.Tensor:
+        """This layer's range of the heads of an entry's pages."""
+        return entry_cache.narrow(1, self.place * self.num_kv_heads, self.num_kv_heads)
+
+    def _check_layer(self) -> None:
+        pattern = self.impl.pattern
+        if (self.num_heads, self.num_kv_heads) != (pattern.num_heads, pattern.num_kv_heads):
+            raise _refusal(
+                self.layer_name,
+                f"has {self.num_heads} query and {self.num_kv_heads} KV heads instead of the model's "
+                f"{pattern.num_heads} and {pattern.num_kv_heads}",
+            )
+        if self.head_size != self.plan.model.head_size:
+            raise _refusal(self.layer_name, f"has a head size of its own ({self.head_size})")
+        if self.sliding_window is not None:
+            raise _refusal(self.layer_name, f"has a sliding window ({self.sliding_window} tokens)")
+        if self.kv_cache_torch_dtype.itemsize != self.plan.model.dtype_bytes:
+            raise S2ConfigError(
+                f"kv_cache_dtype: {self.kv_cache_dtype} in layer {self.layer_name}, expected auto"
+            )
+
+
+def _leader(plan: CachePlan, prefix: str, vllm_config: VllmConfig) -> S2Attention:
+    """The layer that owns the pages of the layer called `prefix`."""
+    index = plan.sparse_layers.index(extract_layer_index(prefix))
+    wanted = plan.sparse_layers[index - index % plan.layers_per_entry]
+    for layer in vllm_config.compilation_config.static_forward_context.values():
+        if isinstance(layer, S2Attention) and extract_layer_index(layer.layer_name) == wanted:
+            return layer
+    raise RuntimeError(f"layer {prefix}: layer {wanted}, which owns its pages, does not exist yet")
+
+
+def _check_arguments(prefix: str, arguments: dict[str, Any]) -> None:
+    """Refuse what S2-Attention does not compute, by name."""
+    special = {
+        "alibi_slopes": "uses ALiBi",
+        "use_alibi_sqrt": "uses ALiBi",
+        "logits_soft_cap": "soft-caps its logits",
+        "per_layer_sliding_window": "has a sliding window",
+        "kv_sharing_target_layer_name": "shares another layer's KV cache",
+        "attn_backend": "brings an attention backend of its own",
+        "sinks": "has attention sinks",
+    }
+    extra = arguments["extra_impl_args"]
+    for name, value in {**arguments, **extra}.items():
+        if name in special and (isinstance(value, torch.Tensor) or value):
+            raise _refusal(prefix, special[name])
+        if name in extra and name not in special and value is not None:
+            raise _refusal(prefix, f"passes {name}")
+    if arguments["attn_type"] != AttentionType.DECODER:
+        raise _refusal(prefix, f"is {arguments['attn_type']} attention")
+    if arguments["head_size_v"] not in (None, arguments["head_size"]):
+        raise _refusal(prefix, f"has values of another size ({arguments['head_size_v']})")
+
+
+def _refusal(prefix: str, what: str) -> S2ConfigError:
+    return S2ConfigError(
+        f"{KEY}: layer {prefix} {what}, expected plain causal attention (or the layer's index in "
+        "dense_layers)"
+    )

@@ -1,0 +1,262 @@
+"""The attention backend of sparse layers: metadata for both tiers, and the calls into the kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention.attention import get_attention_context
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from s2_kernels.layout import head_tables
+from s2_kernels.pattern import S2Pattern
+
+if TYPE_CHECKING:
+    from s2_vllm.attention import S2Attention
+
+
+class S2AttentionBackend(AttentionBackend):
+    """vLLM's CUSTOM backend: S2-Attention over a window tier and a strided tier."""
+
+    supported_dtypes: ClassVar = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar = ["auto", "float16", "bfloat16"]
+
+    @staticmethod
+    def get_name() -> str:
+        """The name of the slot that vLLM keeps for out-of-tree backends."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[S2AttentionImpl]:
+        return S2AttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[S2MetadataBuilder]:
+        return S2MetadataBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Page by page and, in a page, head by head: a head's slots are one contiguous run."""
+        return (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+
+
+@dataclass
+class S2Metadata(AttentionMetadata):
+    """One tier's view of a batch. Requests with one query (decodes) come first.
+
+    Attributes:
+        num_tokens: tokens of the batch, padding included.
+        num_decodes: leading requests with at most one query.
+        num_decode_tokens: their tokens.
+        query_start_loc: int32 [requests + 1].
+        prefill_query_start_loc: the same for the other requests, counted from their first token.
+        seq_lens: int32 [requests].
+        block_table: int32 [requests, pages].
+        slot_mapping: int64 [tokens], -1 for padding.
+    """
+
+    num_tokens: int
+    num_decodes: int
+    num_decode_tokens: int
+    query_start_loc: torch.Tensor
+    prefill_query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+
+
+class S2MetadataBuilder(AttentionMetadataBuilder[S2Metadata]):
+    """Builds the metadata of one tier; vLLM makes one builder per KV cache group."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    reorder_batch_threshold: int | None = 1
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> S2Metadata:
+        """Split the batch into decodes and the rest; all else is vLLM's own tensors."""
+        common = common_attn_metadata
+        decodes, _, decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=1)
+        starts = common.query_start_loc
+        return S2Metadata(
+            num_tokens=common.num_actual_tokens,
+            num_decodes=decodes,
+            num_decode_tokens=decode_tokens,
+            query_start_loc=starts,
+            prefill_query_start_loc=starts[decodes:] - decode_tokens,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            slot_mapping=common.slot_mapping,
+        )
+
+
+class S2AttentionImpl(AttentionImpl[S2Metadata]):
+    """Stores a batch's new keys and values in both tiers, then attends.
+
+    Args:
+        pattern: the pattern of this rank's heads.
+        page_slots: slots per KV head in a page, which the bound KV cache must have.
+        strided_name: the entry that holds this layer's strided tier.
+        others: as every vLLM attention implementation has them.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        *,
+        pattern: S2Pattern,
+        page_slots: int,
+        strided_name: str,
+    ) -> None:
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = scale
+        self.num_kv_heads = num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.pattern = pattern
+        self.page_slots = page_slots
+        self.strided_name = strided_name
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Make the pattern's tables now: no CUDA graph may be waiting for them later."""
+        from vllm.platforms import current_platform
+
+        if not current_platform.is_cpu():
+            head_tables(self.pattern, torch.empty(0, device=current_platform.device_type).device)
+
+    def forward(
+        self,
+        layer: S2Attention,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: S2Metadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend, and write to `output`.
+
+        Args:
+            layer: the layer.
+            query: [tokens, num_heads, head_size].
+            key, value: [tokens, num_kv_heads, head_size].
+            kv_cache: the window tier's pages, this layer's heads.
+            attn_metadata: the window tier's metadata; None while vLLM measures memory.
+            output: [tokens, num_heads, head_size].
+            output_scale, output_block_scale: of fused output quantization, which is not supported.
+
+        Returns:
+            `output`.
+        """
+        assert output_scale is None
+        assert output_block_scale is None
+        if attn_metadata is None:
+            return output.zero_()
+        strided, _, strided_entry, _ = get_attention_context(self.strided_name)
+        tiers = _Tiers(kv_cache, layer.heads_of(strided_entry), attn_metadata, strided)
+        n = attn_metadata.num_tokens
+        attend = self._attend_on_cpu if query.device.type == "cpu" else self._attend_on_gpu
+        attend(query[:n], key[:n], value[:n], tiers, output[:n])
+        return output
+
+    def _attend_on_cpu(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiers: _Tiers, out: torch.Tensor
+    ) -> None:
+        from s2_kernels.torch_path import paged_attention, write_cache
+
+        window, strided = tiers.window, tiers.strided
+        write_cache(k, v, *tiers.caches, window.slot_mapping, strided.slot_mapping, self.pattern)
+        paged_attention(
+            q,
+            *tiers.caches,
+            window.block_table,
+            strided.block_table,
+            window.query_start_loc,
+            window.seq_lens,
+            self.pattern,
+            self.scale,
+            out,
+        )
+
+    def _attend_on_gpu(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiers: _Tiers, out: torch.Tensor
+    ) -> None:
+        from s2_kernels.cache_write import write_cache
+        from s2_kernels.decode import paged_decode
+        from s2_kernels.prefill import paged_prefill
+
+        window, strided = tiers.window, tiers.strided
+        write_cache(k, v, *tiers.caches, window.slot_mapping, strided.slot_mapping, self.pattern)
+        decodes, tokens = window.num_decodes, window.num_decode_tokens
+        if decodes:
+            paged_decode(
+                q[:tokens],
+                *tiers.caches,
+                window.block_table[:decodes],
+                strided.block_table[:decodes],
+                window.query_start_loc[: decodes + 1],
+                window.seq_lens[:decodes],
+                self.pattern,
+                self.scale,
+                out[:tokens],
+            )
+        if decodes < len(window.seq_lens):
+            paged_prefill(
+                q[tokens:],
+                *tiers.caches,
+                window.block_table[decodes:],
+                strided.block_table[decodes:],
+                window.prefill_query_start_loc,
+                window.seq_lens[decodes:],
+                self.pattern,
+                self.scale,
+                out[tokens:],
+            )
+
+
+class _Tiers(NamedTuple):
+    """A layer's two caches and their metadata."""
+
+    window_cache: torch.Tensor
+    strided_cache: torch.Tensor
+    window: S2Metadata
+    strided: S2Metadata
+
+    @property
+    def caches(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.window_cache, self.strided_cache

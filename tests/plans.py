@@ -1,0 +1,99 @@
+"""The reference geometries, and what vLLM makes of a plan: specs, KV cache groups, blocks."""
+
+from __future__ import annotations
+
+from copy import copy
+from functools import cache
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from s2_vllm.config import S2Config
+from s2_vllm.plan import CachePlan, ModelGeometry, make_plan
+from s2_vllm.specs import strided_spec, window_spec
+from s2_vllm.startup import STRIDED_SUFFIX
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
+
+DTYPE = torch.bfloat16
+
+GEOMETRIES: dict[str, tuple[S2Config, ModelGeometry]] = {
+    "phi3-small": (
+        S2Config(16, 8, head_sliding_offset=1, pattern_heads="query", dense_layers=tuple(range(1, 32, 2))),
+        ModelGeometry(32, 32, 8, 128, DTYPE.itemsize),
+    ),
+    "hhst-8b": (S2Config(16, 8, dense_layers=(0, 1)), ModelGeometry(32, 32, 8, 128, DTYPE.itemsize)),
+    "s2-1.3b": (S2Config(8, 8, dense_layers=(0, 1)), ModelGeometry(24, 16, 16, 128, DTYPE.itemsize)),
+    "s2-7b": (S2Config(8, 16, dense_layers=(0, 1)), ModelGeometry(32, 32, 32, 128, DTYPE.itemsize)),
+}
+"""The geometries of the reference models that vLLM serves, by name."""
+
+
+def reference_plan(name: str, **options: Any) -> CachePlan:
+    """The plan of the reference geometry called `name`."""
+    return make_plan(*GEOMETRIES[name], **options)
+
+
+def engine_config(max_model_len: int = 131072, max_num_batched_tokens: int = 2048) -> VllmConfig:
+    """An engine's configuration without a model: all that vLLM's KV cache code asks about is its length."""
+    config = copy(_bare_config())
+    config.model_config = SimpleNamespace(max_model_len=max_model_len)
+    config.scheduler_config = copy(config.scheduler_config)
+    config.scheduler_config.max_num_batched_tokens = max_num_batched_tokens
+    return config
+
+
+@cache
+def _bare_config() -> VllmConfig:
+    config = VllmConfig()
+    config.cache_config.kv_cache_layout = "LBHNC"
+    return config
+
+
+def cache_specs(plan: CachePlan) -> dict[str, KVCacheSpec]:
+    """The specs of a model's KV cache entries, by the names and in the order in which vLLM collects them."""
+    specs: dict[str, KVCacheSpec] = {}
+    for layer in range(plan.model.num_layers):
+        name = f"model.layers.{layer}.self_attn.attn"
+        if layer in plan.dense_layers:
+            specs[name] = FullAttentionSpec(
+                block_size=plan.dense_block_size,
+                num_kv_heads=plan.num_kv_heads,
+                head_size=plan.model.head_size,
+                dtype=DTYPE,
+            )
+        elif plan.sparse_layers.index(layer) % plan.layers_per_entry == 0:
+            specs[name] = window_spec(plan, DTYPE)
+            specs[name + STRIDED_SUFFIX] = strided_spec(plan, DTYPE)
+    return specs
+
+
+def cache_groups(specs: Mapping[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
+    """vLLM's own grouping of the entries."""
+    return get_kv_cache_groups(engine_config(), dict(specs))
+
+
+def cache_config(groups: list[KVCacheGroupSpec], memory: int) -> KVCacheConfig:
+    """vLLM's own division of `memory` bytes into blocks."""
+    return get_kv_cache_config_from_groups(engine_config(), groups, memory)
+
+
+def tier_of(group: KVCacheGroupSpec) -> str:
+    """The tier whose entries a group consists of."""
+    tiers = {
+        "strided"
+        if name.endswith(STRIDED_SUFFIX)
+        else "window"
+        if getattr(group.kv_cache_spec, "sliding_window", None)
+        else "dense"
+        for name in group.layer_names
+    }
+    assert len(tiers) == 1, f"a group of several tiers: {group}"
+    return tiers.pop()

@@ -1,0 +1,300 @@
+"""The cache plan against vLLM's own count of groups, bytes and blocks."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config, resolve_kv_cache_block_sizes
+from vllm.v1.kv_cache_interface import KVCacheConfig
+
+from s2_vllm.config import S2Config, S2ConfigError
+from s2_vllm.plan import CachePlan, ModelGeometry, make_plan
+from tests.plans import (
+    GEOMETRIES,
+    cache_config,
+    cache_groups,
+    cache_specs,
+    engine_config,
+    reference_plan,
+    tier_of,
+)
+
+MODEL = ModelGeometry(num_layers=8, num_heads=8, num_kv_heads=4, head_size=64, dtype_bytes=2)
+
+few = settings(max_examples=150, deadline=None, derandomize=True, database=None)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> CachePlan:
+    """Plans of every shape: any mix of layers, any layers per entry, `make_plan`'s choice or not.
+
+    KV heads keep fewer residues than the stride has. If they kept all, a strided page would be laid out
+    like a dense one, and vLLM would put both in one group.
+    """
+    layers = draw(st.integers(1, 40))
+    dense = draw(st.sets(st.integers(0, layers - 1), max_size=layers - 1))
+    pattern_heads = draw(st.sampled_from(["kv", "query"]))
+    stride = draw(st.integers(2, 12))
+    group = draw(st.integers(1, stride - 1 if pattern_heads == "query" else 4))
+    kv_heads = draw(st.integers(1, 4))
+    s2 = S2Config(
+        local_blocks=draw(st.integers(1, 9)),
+        vert_stride=stride,
+        block_size=draw(st.sampled_from([16, 32, 64, 128])),
+        homo_head=draw(st.booleans()),
+        pattern_heads=pattern_heads,
+        dense_layers=tuple(sorted(dense)),
+    )
+    chosen = make_plan(s2, ModelGeometry(layers, group * kv_heads, kv_heads, 64, 2))
+    if draw(st.booleans()):
+        return chosen
+    return CachePlan(
+        chosen.model,
+        chosen.pattern,
+        chosen.sparse_layers,
+        chosen.dense_layers,
+        tensor_parallel_size=1,
+        page_slots=chosen.page_slots * draw(st.integers(1, 3)),
+        layers_per_entry=draw(st.integers(1, len(chosen.sparse_layers))) if dense else 1,
+    )
+
+
+@few
+@given(plan=plans())
+def test_groups_are_vllms(plan: CachePlan) -> None:
+    specs = cache_specs(plan)
+    groups = cache_groups(specs)
+    assert Counter(map(tier_of, groups)) == {tier.name: plan.num_groups(tier) for tier in plan.tiers}
+    assert max(len(group.layer_names) for group in groups) == plan.entries_per_group
+    assert {spec.page_size_bytes for spec in specs.values()} == {plan.page_bytes}
+    block_sizes = {tier.name: tier.block_size for tier in plan.tiers}
+    heads = {tier.name: tier.num_kv_heads for tier in plan.tiers}
+    for group in groups:
+        # vLLM has enlarged no page to even them out.
+        assert group.kv_cache_spec.block_size == block_sizes[tier_of(group)]
+        assert group.kv_cache_spec.num_kv_heads == heads[tier_of(group)]
+        assert group.kv_cache_spec.page_size_bytes == plan.page_bytes
+        assert group.kv_cache_spec.num_states * heads[tier_of(group)] == plan.page_slots * (
+            plan.num_kv_heads * plan.layers_per_entry
+        )
+
+
+@pytest.mark.parametrize("sparse", range(1, 13), ids="{}-sparse".format)
+def test_groups_of_few_layers_are_vllms(sparse: int) -> None:
+    for dense in range(1, 13):
+        layers = tuple(range(sparse + dense))
+        pattern = S2Config(2, 4).pattern(num_heads=2, num_kv_heads=2)
+        model = ModelGeometry(len(layers), num_heads=2, num_kv_heads=2, head_size=64, dtype_bytes=2)
+        plan = CachePlan(model, pattern, layers[dense:], layers[:dense], 1, page_slots=64, layers_per_entry=1)
+        groups = cache_groups(cache_specs(plan))
+        assert Counter(map(tier_of, groups)) == {tier.name: plan.num_groups(tier) for tier in plan.tiers}
+
+
+@few
+@given(plan=plans(), blocks=st.integers(1, 99))
+def test_memory_is_vllms(plan: CachePlan, blocks: int) -> None:
+    groups = cache_groups(cache_specs(plan))
+    assert cache_config(groups, blocks * plan.block_bytes).num_blocks == blocks
+    assert cache_config(groups, blocks * plan.block_bytes - 1).num_blocks == blocks - 1
+
+
+@few
+@given(plan=plans(), length=st.integers(1, 20000), in_flight=st.integers(1, 9000))
+def test_blocks_per_request_are_vllms(plan: CachePlan, length: int, in_flight: int) -> None:
+    config = engine_config(length, in_flight)
+    groups = cache_groups(cache_specs(plan))
+    pool = KVCacheConfig(num_blocks=10**6, kv_cache_tensors=[], kv_cache_groups=groups)
+    requests = get_max_concurrency_for_kv_cache_config(config, pool)
+    blocks = plan.blocks_per_request(length, config.max_in_flight_tokens)
+    assert blocks == round(10**6 / requests)
+    assert plan.bytes_per_request(length, config.max_in_flight_tokens) == blocks * plan.block_bytes
+
+
+@few
+@given(plan=plans())
+def test_hits_align_as_vllm_aligns_them(plan: CachePlan) -> None:
+    groups = cache_groups(cache_specs(plan))
+    pool = KVCacheConfig(num_blocks=1, kv_cache_tensors=[], kv_cache_groups=groups)
+    alignment, _ = resolve_kv_cache_block_sizes(pool, engine_config())
+    assert plan.hit_alignment == alignment
+
+
+@few
+@given(plan=plans())
+def test_a_page_holds_whole_super_blocks(plan: CachePlan) -> None:
+    assert plan.page_slots % (plan.pattern.num_kept * plan.pattern.block_size) == 0
+    assert plan.page_slots % 32 == 0
+    slots_per_token = plan.pattern.num_kept / plan.pattern.vert_stride
+    strided = next(tier for tier in plan.tiers if tier.name == "strided")
+    assert strided.block_size * slots_per_token == plan.page_slots
+
+
+@pytest.mark.parametrize(
+    ("name", "groups", "layers_per_entry", "page_slots", "dense_block_size", "hit_alignment"),
+    [
+        ("phi3-small", 3, 1, 256, 256, 512),
+        ("hhst-8b", 5, 8, 64, 512, 512),
+        ("s2-1.3b", 7, 4, 64, 256, 512),
+        ("s2-7b", 3, 16, 64, 1024, 1024),
+    ],
+)
+def test_reference_geometries(
+    name: str,
+    groups: int,
+    layers_per_entry: int,
+    page_slots: int,
+    dense_block_size: int,
+    hit_alignment: int,
+) -> None:
+    plan = reference_plan(name)
+    assert len(cache_groups(cache_specs(plan))) == groups
+    assert sum(map(plan.num_groups, plan.tiers)) == groups
+    assert plan.layers_per_entry == layers_per_entry
+    assert plan.page_slots == page_slots
+    assert plan.dense_block_size == dense_block_size
+    assert plan.hit_alignment == hit_alignment
+
+
+def fraction_stored(plan: CachePlan) -> float:
+    """Block bytes of a sparse layer over those of a dense one, at 131072 tokens while decoding."""
+    length, layers = 131072, len(plan.sparse_layers)
+    bytes_held = 0
+    for tier in plan.tiers:
+        if tier.name == "window":
+            tokens = plan.pattern.window_tokens
+            bytes_held += layers * (tokens // tier.block_size + 1) * tier.page_slots * plan.token_bytes
+        elif tier.name == "strided":
+            bytes_held += layers * length // tier.block_size * tier.page_slots * plan.token_bytes
+    return bytes_held / (layers * length * plan.token_bytes)
+
+
+@pytest.mark.parametrize(("name", "percent"), [("phi3-small", 51), ("hhst-8b", 13), ("s2-7b", 7)])
+def test_a_sparse_layer_stores_this_much(name: str, percent: int) -> None:
+    assert round(100 * fraction_stored(reference_plan(name))) == percent
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_sharing_entries_costs_little_memory_and_no_hits(name: str) -> None:
+    plan = reference_plan(name)
+    alone = CachePlan(plan.model, plan.pattern, plan.sparse_layers, plan.dense_layers, 1, plan.page_slots, 1)
+    assert plan.hit_alignment == alone.hit_alignment
+    length = 131072
+    assert plan.bytes_per_request(length) <= 1.1 * alone.bytes_per_request(length)
+
+
+def test_entries_are_not_shared_at_the_cost_of_memory() -> None:
+    """Of 5 layers, entries of 2 or 3 leave a sixth of the pages unused, and one of 5 coarsens the hits."""
+    plan = make_plan(S2Config(4, 12, dense_layers=(0,)), ModelGeometry(6, 8, 4, 64, 2))
+    assert plan.layers_per_entry == 1
+
+
+def test_all_layers_sparse() -> None:
+    plan = make_plan(S2Config(4, 8), MODEL)
+    assert [tier.name for tier in plan.tiers] == ["window", "strided"]
+    assert plan.layers_per_entry == 1
+    assert plan.entries_per_group == MODEL.num_layers
+    groups = cache_groups(cache_specs(plan))
+    assert [tier_of(group) for group in groups] == ["window", "strided"]
+
+
+@pytest.mark.parametrize("pattern_heads", ["kv", "query"])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8], ids="tp{}".format)
+def test_every_rank_has_the_same_tiers(pattern_heads: str, ranks: int) -> None:
+    s2 = S2Config(4, 8, pattern_heads=pattern_heads, dense_layers=(0,))
+    plan = make_plan(s2, MODEL, tensor_parallel_size=ranks)
+    heads = [plan.layer_residues(rank).num_heads for rank in range(ranks)]
+    assert sum(heads) == MODEL.num_heads
+    residues = [r for rank in range(ranks) for r in plan.layer_residues(rank).residues]
+    assert residues == list(plan.pattern.residues)
+    for rank in range(ranks):
+        pattern = plan.layer_residues(rank)
+        # What the page layout depends on; all ranks share the block tables of one scheduler.
+        assert pattern.num_kept == plan.layout.pattern.num_kept
+        assert pattern.num_kv_heads == plan.num_kv_heads == max(1, MODEL.num_kv_heads // ranks)
+    groups = cache_groups(cache_specs(plan))
+    assert {group.kv_cache_spec.page_size_bytes for group in groups} == {plan.page_bytes}
+
+
+def test_replicated_kv_heads_keep_fewer_residues() -> None:
+    """A rank that holds one of a KV head's two query heads keeps one residue instead of two."""
+    s2 = S2Config(4, 8, pattern_heads="query", dense_layers=(0,))
+    assert make_plan(s2, MODEL, tensor_parallel_size=4).page_slots == 128
+    assert make_plan(s2, MODEL, tensor_parallel_size=8).page_slots == 64
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        pytest.param(3, r"^tensor-parallel size: 3, expected a divisor of the 8 query heads$", id="tp3"),
+        pytest.param(16, r"^tensor-parallel size: 16, expected a divisor of the 8 query heads$", id="tp16"),
+    ],
+)
+def test_heads_that_do_not_divide(ranks: int, message: str) -> None:
+    with pytest.raises(S2ConfigError, match=message):
+        make_plan(S2Config(4, 8), MODEL, tensor_parallel_size=ranks)
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 64, 96, 130])
+def test_a_block_size_that_cannot_be_honoured(block_size: int) -> None:
+    s2 = S2Config(4, 8, pattern_heads="query", dense_layers=(0,))
+    with pytest.raises(S2ConfigError) as caught:
+        make_plan(s2, MODEL, block_size=block_size)
+    assert str(caught.value).startswith(f"block_size: {block_size}, expected a multiple of 128 (2 kept")
+
+
+@given(times=st.integers(1, 24), dense=st.booleans())
+@few
+def test_a_block_size_that_can(times: int, dense: bool) -> None:
+    s2 = S2Config(4, 8, dense_layers=(0,) if dense else ())
+    plan = make_plan(s2, MODEL, block_size=64 * times)
+    assert plan.dense_block_size == 64 * times
+    assert plan.page_slots % 64 == 0
+    assert plan.page_slots * plan.layers_per_entry == 64 * times
+
+
+@few
+@given(plan=plans())
+def test_the_choice_is_the_fewest_groups_of_what_is_free(plan: CachePlan) -> None:
+    """No other number of layers per entry has fewer groups, the same hits and a tenth of padding at most."""
+    assume(plan.dense_layers)
+    s2 = plan.pattern
+    chosen = make_plan(
+        S2Config(s2.local_blocks, s2.vert_stride, s2.block_size, dense_layers=plan.dense_layers),
+        plan.model,
+    )
+    groups = sum(map(chosen.num_groups, chosen.tiers))
+    for per_entry in range(1, len(chosen.sparse_layers) + 1):
+        other = CachePlan(
+            chosen.model,
+            chosen.pattern,
+            chosen.sparse_layers,
+            chosen.dense_layers,
+            1,
+            chosen.page_slots,
+            per_entry,
+        )
+        sparse_hits = math.lcm(*(tier.block_size for tier in other.tiers if tier.name != "dense"))
+        held = {
+            tier.name: other.num_groups(tier)
+            * other.entries_per_group
+            * (1 if tier.name == "dense" else per_entry)
+            for tier in other.tiers
+        }
+        layers = {tier.name: tier.num_layers for tier in other.tiers}
+        if other.hit_alignment == sparse_hits and all(held[n] <= 1.1 * layers[n] for n in held):
+            assert groups <= sum(map(other.num_groups, other.tiers))
+
+
+@pytest.mark.parametrize(
+    ("stride", "heads", "pattern_heads"), [(1, 4, "kv"), (4, 8, "query")], ids=["stride1", "group4-stride4"]
+)
+def test_refuses_heads_that_would_keep_every_block(stride: int, heads: int, pattern_heads: Any) -> None:
+    config = S2Config(2, stride, pattern_heads=pattern_heads, dense_layers=(0,))
+    with pytest.raises(S2ConfigError) as caught:
+        make_plan(config, ModelGeometry(4, heads, heads // 4, 64, 2))
+    assert str(caught.value).startswith(f"s2_attention.vert_stride: {stride}, expected more than the ")
