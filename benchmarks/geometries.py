@@ -1,0 +1,67 @@
+"""The reference geometries: names that plans, tests and benchmarks share."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from s2_vllm.config import S2Config
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A model's attention shape and its pattern.
+
+    Attributes:
+        num_layers, num_heads, num_kv_heads, head_size: of the model.
+        config: its `s2_attention` key.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int = 128
+    config: S2Config = field(default_factory=lambda: S2Config(16, 8))
+
+    def hf_config(self, sparse: bool = True, **overrides: Any) -> dict[str, Any]:
+        """A Llama config.json with this attention, and hardly any other weight.
+
+        Args:
+            sparse: whether to give it the pattern.
+            overrides: keys to set.
+        """
+        config = {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "dtype": "bfloat16",
+            "num_hidden_layers": self.num_layers,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.num_kv_heads,
+            "head_dim": self.head_size,
+            "hidden_size": 256,
+            "intermediate_size": 256,
+            "vocab_size": 512,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+        }
+        if sparse:
+            config["s2_attention"] = asdict(self.config)
+        return {**config, **overrides}
+
+
+GEOMETRIES = {
+    "phi3-small": Geometry(
+        32,
+        32,
+        8,
+        config=S2Config(
+            16, 8, head_sliding_offset=1, pattern_heads="query", dense_layers=tuple(range(1, 32, 2))
+        ),
+    ),
+    "hhst-8b": Geometry(32, 32, 8, config=S2Config(16, 8, dense_layers=(0, 1))),
+    "s2-1.3b": Geometry(24, 16, 16, config=S2Config(8, 8, dense_layers=(0, 1))),
+    "s2-7b": Geometry(32, 32, 32, config=S2Config(8, 16, dense_layers=(0, 1))),
+    "s2-70b": Geometry(80, 64, 64, config=S2Config(8, 32)),
+}
