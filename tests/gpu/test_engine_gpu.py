@@ -1,0 +1,140 @@
+"""Real vLLM on a GPU, eager and in its default mode (compiled, with CUDA graphs), against the oracle."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from tests.engine.checkpoints import random_prompts, save_checkpoint
+from tests.engine.engines import (
+    assert_all_pages_free,
+    attention_layers,
+    engine,
+    greedy,
+    pages_handed_out,
+    preemptions,
+)
+from tests.engine.oracle import Oracle
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+PATTERNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "kv": ({"block_size": 64, "local_blocks": 2, "vert_stride": 3, "dense_layers": [1]}, {"head_dim": 64}),
+    "query_4": (
+        {
+            "block_size": 32,
+            "local_blocks": 2,
+            "vert_stride": 8,
+            "head_sliding_offset": 1,
+            "pattern_heads": "query",
+            "dense_layers": [1],
+        },
+        {"head_dim": 64, "num_attention_heads": 8},
+    ),
+}
+
+# The largest difference of two logits seen between transformers' own run in the dtype and in float32;
+# and the standard deviation of weights for which most margins are larger than that.
+ERROR_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1}
+WEIGHT_STDS = {"float32": 0.13, "bfloat16": 0.05}
+
+PROMPTS = random_prompts([3, 100, 129, 400, 701, 800])
+
+NUM_TOKENS = 24
+
+Run = tuple[list[list[int]], bool]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """A checkpoint with a pattern of PATTERNS, its weights in a dtype."""
+
+    @lru_cache
+    def make(pattern: str, dtype: str) -> Path:
+        s2, shape = PATTERNS[pattern]
+        return save_checkpoint(
+            tmp_path_factory.mktemp(pattern),
+            "llama",
+            s2,
+            dtype=getattr(torch, dtype),
+            weight_std=WEIGHT_STDS[dtype],
+            **shape,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(folder: Callable[[str, str], Path]) -> Callable[[str, str, bool], Run]:
+    """Greedy tokens of PROMPTS, and whether CUDA graphs were on: once for each pattern, dtype and mode."""
+
+    @lru_cache
+    def generate(pattern: str, dtype: str, eager: bool) -> Run:
+        options = {"dtype": dtype, "enforce_eager": eager, "max_num_batched_tokens": 331}
+        with engine(folder(pattern, dtype), **options) as llm:
+            assert "S2Attention" in attention_layers(llm).values()
+            graphs = llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name != "NONE"
+            tokens = greedy(llm, PROMPTS, NUM_TOKENS)
+            assert_all_pages_free(llm)
+        return tokens, graphs
+
+    return generate
+
+
+def assert_agrees(oracle: Oracle, tokens: list[list[int]], dtype: str) -> None:
+    """No token differs where the oracle's margin decides, and most are decided."""
+    agreements = [
+        oracle.agreement(prompt, out, ERROR_BOUNDS[dtype])
+        for prompt, out in zip(PROMPTS, tokens, strict=True)
+    ]
+    assert [mismatch for agreement in agreements for mismatch in agreement.mismatches] == []
+    assert sum(a.decided for a in agreements) > sum(a.total for a in agreements) / 2
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "default"])
+@pytest.mark.parametrize("dtype", ERROR_BOUNDS)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_greedy_agrees_with_oracle(
+    folder: Callable[[str, str], Path],
+    run: Callable[[str, str, bool], Run],
+    pattern: str,
+    dtype: str,
+    eager: bool,
+) -> None:
+    """Chunked prefill and decode; and an oracle without the pattern disagrees."""
+    tokens, graphs = run(pattern, dtype, eager)
+    assert graphs is not eager
+    path = folder(pattern, dtype)
+    assert_agrees(Oracle(path), tokens, dtype)
+    with pytest.raises(AssertionError):
+        assert_agrees(Oracle(path, {}), tokens, dtype)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_default_mode_gives_the_eager_output(run: Callable[[str, str, bool], Run], pattern: str) -> None:
+    """In float32, token for token."""
+    assert run(pattern, "float32", True)[0] == run(pattern, "float32", False)[0]
+
+
+def test_reused_pages_and_preemption(folder: Callable[[str, str], Path]) -> None:
+    """With CUDA graphs, in a pool far too small: no replay reads a page that has changed hands."""
+    path = folder("kv", "float32")
+    oracle = Oracle(path)
+    prompts = random_prompts([200 + 25 * n for n in range(8)], seed=7)
+    options = {"max_num_batched_tokens": 331, "max_model_len": 640, "num_gpu_blocks_override": 40}
+    with engine(path, enforce_eager=False, **options) as llm:
+        before = preemptions(llm)
+        with pages_handed_out(llm) as pages:
+            tokens = greedy(llm, prompts, 200)
+        assert preemptions(llm) > before
+        assert len(pages) > 2 * 40
+        assert_all_pages_free(llm)
+    for prompt, out in zip(prompts, tokens, strict=True):
+        assert oracle.agreement(prompt, out, ERROR_BOUNDS["float32"]).mismatches == []
