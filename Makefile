@@ -1,0 +1,66 @@
+# Everything runs in a virtual environment of its own, .venv, which the first target that needs it makes.
+
+PYTHON ?= python3
+PORT ?= 8000
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := demo-output
+
+DEVICE := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
+
+# torch.compile needs a C++ compiler on the CPU, and vLLM would claim most of the machine's memory.
+SERVE_FLAGS_cpu := --dtype float32 --enforce-eager --kv-cache-memory-bytes 512M
+SERVE_FLAGS_cuda :=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test serve lint clean
+
+help:
+	@echo "make setup   make $(VENV) with vLLM ($(DEVICE)), this plugin and what its tests need"
+	@echo "make demo    make a small S2 checkpoint and serve a batch of prompts from it"
+	@echo "make test    run the tests; those that need a GPU are skipped without one"
+	@echo "make serve   serve the demo's checkpoint with 'vllm serve' on port $(PORT) (PORT=...)"
+	@echo "make lint    run ruff and mypy"
+	@echo "make clean   remove $(VENV) and everything that was made"
+
+setup: $(READY)
+
+$(READY): setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] < (3, 14); \
+	    sys.exit(0 if ok else "$(PYTHON) is Python %d.%d; 3.11, 3.12 or 3.13 is needed: make PYTHON=python3.12 ..." \
+	    % sys.version_info[:2])'
+	$(PYTHON) -m venv $(VENV)
+ifeq ($(DEVICE),cpu)
+	@# It needs torch's CPU build: PIP_EXTRA_INDEX_URL can name an index that has it.
+	$(BIN)/pip install -e '.[cpu,test]'
+	@# Their CUDA builds come along and break `import transformers` beside a CPU build of torch.
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then \
+	    $(BIN)/pip uninstall -q -y torchvision torchaudio torchcodec; fi
+	@$(BIN)/python -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null \
+	    || { echo "vLLM's CPU build needs libnuma.so.1 (Debian and Ubuntu: apt-get install libnuma1)"; exit 1; }
+else
+	$(BIN)/pip install -e '.[cuda,test]'
+endif
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/python -m s2_vllm.demo --output $(DEMO)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+serve: $(READY)
+	$(BIN)/python -m s2_vllm.demo --checkpoint-only $(DEMO)/checkpoint
+	HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 $(BIN)/vllm serve $(DEMO)/checkpoint $(SERVE_FLAGS_$(DEVICE)) \
+	    --served-model-name s2-demo --host 127.0.0.1 --port $(PORT) --max-model-len 8192
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) $(DEMO) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
