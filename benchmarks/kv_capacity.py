@@ -2,9 +2,11 @@
 
     python -m benchmarks.kv_capacity
 
-For each reference geometry, starts a vLLM engine twice (the pattern, and every layer dense) with the
-same KV cache memory, and records what vLLM itself reports. The models have the geometry's attention
-and next to no other weights, which the KV cache does not depend on. Needs a GPU with that much memory.
+For each reference geometry, starts vLLM engines with the same KV cache memory: every layer dense, the
+pattern, and the pattern with shorter steps. Records what vLLM itself reports: requests of the longest
+length that fit. With a window tier vLLM reserves pages for the tokens of all steps in flight, so shorter
+steps let more requests in. The models have the geometry's attention and next to no other weights, which
+the KV cache does not depend on. Needs a GPU with that much memory.
 """
 
 from __future__ import annotations
@@ -21,7 +23,15 @@ from benchmarks.geometries import GEOMETRIES, Geometry
 from benchmarks.results_file import write_results
 
 MAX_MODEL_LEN = 131072
+SHORT_STEP = 2048
 GIB = 2**30
+
+VARIANTS: dict[str, tuple[bool, int | None]] = {
+    "dense": (False, None),
+    "s2": (True, None),
+    "s2, short steps": (True, SHORT_STEP),
+}
+"""Name, whether it has the pattern, and max_num_batched_tokens (None: vLLM's default)."""
 
 
 def main() -> None:
@@ -33,70 +43,88 @@ def main() -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     records = []
     for name in arguments.geometries:
-        for sparse in (True, False):
-            record = measure(GEOMETRIES[name], sparse, int(arguments.kv_cache_gib * GIB))
-            records.append({"geometry": name, "layers": "s2" if sparse else "dense", **record})
+        for variant in VARIANTS:
+            record = measure(GEOMETRIES[name], variant, int(arguments.kv_cache_gib * GIB))
+            records.append({"geometry": name, "variant": variant, **record})
             print(json.dumps(records[-1]), flush=True)
     write_results(arguments.output, records)
     print(table(records))
 
 
-def measure(geometry: Geometry, sparse: bool, memory: int) -> dict[str, Any]:
-    """Start an engine, and take from it what it has set up.
+def measure(geometry: Geometry, variant: str, memory: int) -> dict[str, Any]:
+    """Start an engine, and take from it what it has set up, or why it would not start.
 
     Args:
         geometry: the model's attention.
-        sparse: with the pattern, or every layer dense.
+        variant: a key of VARIANTS.
         memory: KV cache bytes.
     """
     import torch
-    from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
+    sparse, batched_tokens = VARIANTS[variant]
+    facts = {
+        "max_model_len": MAX_MODEL_LEN,
+        "kv_cache_bytes": memory,
+        "stored_fraction_sparse_layer": _stored_fraction(geometry) if sparse else 1.0,
+    }
+    try:
+        return facts | _start(geometry.hf_config(sparse), memory, batched_tokens)
+    except ValueError as error:
+        return facts | {"concurrent_requests": None, "reason": str(error).split(" Based on")[0]}
+    finally:
+        cleanup_dist_env_and_memory()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _start(hf_config: dict[str, Any], memory: int, batched_tokens: int | None) -> dict[str, Any]:
+    from vllm import LLM
+
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(geometry.hf_config(sparse)))
-        llm = LLM(
+        Path(folder, "config.json").write_text(json.dumps(hf_config))
+        engine = LLM(
             folder,
             load_format="dummy",
             skip_tokenizer_init=True,
             enforce_eager=True,
             max_model_len=MAX_MODEL_LEN,
+            max_num_batched_tokens=batched_tokens,
             kv_cache_memory_bytes=memory,
-        )
-    engine = llm.llm_engine
-    cache = engine.vllm_config.cache_config
+        ).llm_engine
+    config = engine.vllm_config
     groups = engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
     record = {
-        "max_model_len": MAX_MODEL_LEN,
-        "kv_cache_bytes": memory,
+        "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
         "kv_cache_groups": len(groups),
-        "concurrent_requests": cache.kv_cache_max_concurrency,
-        "kv_cache_tokens": cache.kv_cache_size_tokens,
-        "stored_fraction_sparse_layer": _stored_fraction(geometry) if sparse else 1.0,
+        "concurrent_requests": config.cache_config.kv_cache_max_concurrency,
+        "kv_cache_tokens": config.cache_config.kv_cache_size_tokens,
     }
-    del llm, engine, groups
-    cleanup_dist_env_and_memory()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    engine.engine_core.shutdown()
     return record
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """A Markdown table of the records, a line per geometry."""
+    by_key = {(r["geometry"], r["variant"]): r for r in records}
+    names = list(dict.fromkeys(r["geometry"] for r in records))
+    steps = {r["variant"]: r["max_num_batched_tokens"] for r in records if "max_num_batched_tokens" in r}
     lines = [
-        "| geometry | a sparse layer stores | requests, all layers dense | requests, S2 | KV cache groups |",
+        "| geometry | a sparse layer stores | all layers dense | "
+        f"S2, steps of {steps['s2']} tokens | S2, steps of {steps['s2, short steps']} tokens |",
         "|---|---|---|---|---|",
     ]
-    by_key = {(r["geometry"], r["layers"]): r for r in records}
-    for name in dict.fromkeys(r["geometry"] for r in records):
-        s2, dense = by_key[name, "s2"], by_key[name, "dense"]
-        gain = s2["concurrent_requests"] / dense["concurrent_requests"]
-        lines.append(
-            f"| {name} | {s2['stored_fraction_sparse_layer']:.1%} | {dense['concurrent_requests']:.2f} "
-            f"| {s2['concurrent_requests']:.2f} ({gain:.1f}x) | {s2['kv_cache_groups']} |"
-        )
+    for name in names:
+        fraction = by_key[name, "s2"]["stored_fraction_sparse_layer"]
+        cells = [_requests(by_key[name, variant]) for variant in VARIANTS]
+        lines.append(f"| {name} | {fraction:.1%} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _requests(record: dict[str, Any]) -> str:
+    count = record["concurrent_requests"]
+    return "not even one" if count is None else f"{count:.2f}"
 
 
 def _stored_fraction(geometry: Geometry) -> float:

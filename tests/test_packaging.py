@@ -84,6 +84,7 @@ def test_metadata_names_the_plugin_the_command_and_the_pinned_engines(installed:
     entries = {(entry.group, entry.name): entry.value for entry in distribution.entry_points}
     assert entries == {
         ("vllm.general_plugins", "s2"): "s2_vllm:register",
+        ("vllm.platform_plugins", "s2"): "s2_vllm.compat:name_cpu_build",
         ("console_scripts", "s2-vllm"): "s2_vllm.cli:main",
     }
     required = distribution.requires or []
