@@ -42,15 +42,24 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=50)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu-decode.json"))
     arguments = parser.parse_args()
-    print(f"{'geometry':<12} {'dtype':<10} {'sparse':>10} {'full':>10} {'sparse/full':>12}")
     records = []
     for name, pattern in PATTERNS.items():
         for dtype in TOLERANCES:
             record = measure(pattern, arguments.context, dtype, arguments.repetitions)
             records.append({"geometry": name, **record})
-            times = f"{record['sparse_ms']:>7.2f} ms {record['full_ms']:>7.2f} ms"
-            print(f"{name:<12} {record['dtype']:<10} {times} {record['ratio']:>12.3f}", flush=True)
     write_results(arguments.output, records)
+    print(table(records))
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """A Markdown table of the records."""
+    lines = ["| geometry | dtype | sparse | full | sparse / full |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {r['geometry']} | {r['dtype']} | {r['sparse_ms']:.1f} ms | {r['full_ms']:.1f} ms "
+        f"| {r['ratio']:.2f} |"
+        for r in records
+    ]
+    return "\n".join(lines)
 
 
 def measure(pattern: S2Pattern, context: int, dtype: torch.dtype, repetitions: int) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def describe_run() -> dict[str, Any]:
 def _command() -> str:
     main = sys.modules["__main__"].__spec__
     program = f"-m {main.name}" if main else Path(sys.argv[0]).name
-    return " ".join(["python", program, *sys.argv[1:]])
+    # Of a file, its name: where the folders of the machine lie is nobody's business.
+    return " ".join(["python", program, *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])])
 
 
 def _cpu_model() -> str:
