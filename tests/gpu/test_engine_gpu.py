@@ -123,18 +123,23 @@ def test_default_mode_gives_the_eager_output(run: Callable[[str, str, bool], Run
     assert run(pattern, "float32", True)[0] == run(pattern, "float32", False)[0]
 
 
-def test_reused_pages_and_preemption(folder: Callable[[str, str], Path]) -> None:
-    """With CUDA graphs, in a pool far too small: no replay reads a page that has changed hands."""
-    path = folder("kv", "float32")
+def test_reused_pages_and_preemption(tmp_path: Path) -> None:
+    """With CUDA graphs, in a pool far too small: no replay reads a page that has changed hands.
+
+    All layers are sparse: vLLM's float32 attention of a dense layer multiplies in TF32, whose error over
+    thousands of tokens would need a bound that hides more.
+    """
+    s2, shape = PATTERNS["kv"]
+    path = save_checkpoint(tmp_path, "llama", {**s2, "dense_layers": []}, **shape)
     oracle = Oracle(path)
     prompts = random_prompts([200 + 5 * n for n in range(8)], seed=7)
-    options = {"max_num_batched_tokens": 331, "max_model_len": 640, "num_gpu_blocks_override": 44}
+    options = {"max_num_batched_tokens": 331, "max_model_len": 640, "num_gpu_blocks_override": 18}
     with engine(path, enforce_eager=False, **options) as llm:
         before = preemptions(llm)
         with pages_handed_out(llm) as pages:
             tokens = greedy(llm, prompts, 400)
         assert preemptions(llm) > before
-        assert len(pages) > 2 * 44
+        assert len(pages) > 2 * 18
         assert_all_pages_free(llm)
     for prompt, out in zip(prompts, tokens, strict=True):
         assert oracle.agreement(prompt, out, ERROR_BOUNDS["float32"]).mismatches == []
