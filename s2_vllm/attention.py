@@ -89,7 +89,6 @@ class S2Attention(Attention):
             attn_backend=S2AttentionBackend,
             kv_sharing_target_layer_name=None if leader is None else leader.layer_name,
             pattern=plan.layer_residues(get_tensor_model_parallel_rank()),
-            page_slots=plan.page_slots,
             strided_name=(prefix if leader is None else leader.layer_name) + STRIDED_SUFFIX,
         )
         super().__init__(*args, **kwargs)
@@ -108,7 +107,17 @@ class S2Attention(Attention):
 
         Args:
             kv_cache: [pages, entry's KV heads, page_slots, 2 * head_size].
+
+        Raises:
+            RuntimeError: the pages are not the planned ones; the kernels would read wrong tokens.
         """
+        heads = self.num_kv_heads * self.plan.layers_per_entry
+        expected = (heads, self.plan.page_slots, 2 * self.head_size)
+        if kv_cache.shape[1:] != expected:
+            raise RuntimeError(
+                f"KV cache of layer {self.layer_name}: pages of {tuple(kv_cache.shape[1:])}, "
+                f"expected {expected}"
+            )
         self.kv_cache = self.heads_of(kv_cache)
 
     def heads_of(self, entry_cache: torch.Tensor) -> torch.Tensor:

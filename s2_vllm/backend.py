@@ -119,7 +119,6 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
 
     Args:
         pattern: the pattern of this rank's heads.
-        page_slots: slots per KV head in a page, which the bound KV cache must have.
         strided_name: the entry that holds this layer's strided tier.
         others: as every vLLM attention implementation has them.
     """
@@ -138,7 +137,6 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
         kv_sharing_target_layer_name: str | None = None,
         *,
         pattern: S2Pattern,
-        page_slots: int,
         strided_name: str,
     ) -> None:
         self.num_heads = num_heads
@@ -147,7 +145,6 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
         self.num_kv_heads = num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.pattern = pattern
-        self.page_slots = page_slots
         self.strided_name = strided_name
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:

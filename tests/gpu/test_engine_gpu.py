@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from s2_vllm.startup import plan_of
 from tests.engine.checkpoints import random_prompts, save_checkpoint
 from tests.engine.engines import (
     assert_all_pages_free,
@@ -121,6 +122,19 @@ def test_greedy_agrees_with_oracle(
 def test_default_mode_gives_the_eager_output(run: Callable[[str, str, bool], Run], pattern: str) -> None:
     """In float32, token for token."""
     assert run(pattern, "float32", True)[0] == run(pattern, "float32", False)[0]
+
+
+def test_layers_that_share_a_cache_entry(tmp_path: Path) -> None:
+    """Four sparse layers on the pages of one entry, and a dense layer with pages four times as long."""
+    s2 = {"block_size": 32, "local_blocks": 2, "vert_stride": 4, "dense_layers": [0]}
+    path = save_checkpoint(tmp_path, "llama", s2, head_dim=64, num_hidden_layers=5)
+    with engine(path, enforce_eager=False, max_num_batched_tokens=331) as llm:
+        plan = plan_of(llm.llm_engine.vllm_config)
+        assert plan is not None
+        assert plan.layers_per_entry == 4
+        tokens = greedy(llm, PROMPTS, NUM_TOKENS)
+        assert_all_pages_free(llm)
+    assert_agrees(Oracle(path), tokens, "float32")
 
 
 def test_reused_pages_and_preemption(tmp_path: Path) -> None:
