@@ -36,7 +36,10 @@ def install() -> None:
     from vllm.config import VllmConfig
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+    from s2_vllm.models import register_models
+
     register_backend(AttentionBackendEnum.CUSTOM, "s2_vllm.backend.S2AttentionBackend")
+    register_models()
 
     verify = VllmConfig.try_verify_and_update_config
     if getattr(verify, "_s2", False):

@@ -112,12 +112,15 @@ def find_config(hf_config: Mapping[str, Any], num_layers: int) -> S2Config | Non
     return None
 
 
-def _from_phi3_small(hf_config: Mapping[str, Any], num_layers: int) -> S2Config:
+def _from_phi3_small(hf_config: Mapping[str, Any], num_layers: int) -> S2Config | None:
     """Phi-3-small: patterns of query heads, shifted by one block; layer i is dense when i + 1 is a
-    multiple of `dense_attention_every_n_layers` (modeling_phi3_small.py of the checkpoint)."""
+    multiple of `dense_attention_every_n_layers` (modeling_phi3_small.py of the checkpoint), and so
+    all are when it is 1."""
     every = hf_config.get("dense_attention_every_n_layers") or num_layers + 1
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise S2ConfigError(f"dense_attention_every_n_layers: {every!r}, expected a positive integer")
+    if every == 1:
+        return None
     values = {name: hf_config.get(key) for key, name in PHI3_SMALL_KEYS.items()}
     values |= {
         "head_sliding_offset": 1,
