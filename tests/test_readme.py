@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cpu_decode, kv_capacity
+from benchmarks import cpu_decode, kv_capacity, phi3_small
 from benchmarks.geometries import GEOMETRIES
 from benchmarks.results_file import load_results
 from s2_vllm.cli import main
@@ -26,6 +26,11 @@ def test_kv_capacity() -> None:
 def test_cpu_decode() -> None:
     _, records = load_results(RESULTS / "cpu-decode.json")
     assert cpu_decode.table(records) in README
+
+
+def test_phi3_small() -> None:
+    _, records = load_results(RESULTS / "phi3-small.json")
+    assert phi3_small.table(records) in README
 
 
 def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
