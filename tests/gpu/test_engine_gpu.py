@@ -89,11 +89,10 @@ def run(folder: Callable[[str, str], Path]) -> Callable[[str, str, bool], Run]:
     return generate
 
 
-def assert_agrees(oracle: Oracle, tokens: list[list[int]], dtype: str) -> None:
+def assert_agrees(oracle: Oracle, tokens: list[list[int]], error_bound: float) -> None:
     """No token differs where the oracle's margin decides, and most are decided."""
     agreements = [
-        oracle.agreement(prompt, out, ERROR_BOUNDS[dtype])
-        for prompt, out in zip(PROMPTS, tokens, strict=True)
+        oracle.agreement(prompt, out, error_bound) for prompt, out in zip(PROMPTS, tokens, strict=True)
     ]
     assert [mismatch for agreement in agreements for mismatch in agreement.mismatches] == []
     assert sum(a.decided for a in agreements) > sum(a.total for a in agreements) / 2
@@ -113,9 +112,9 @@ def test_greedy_agrees_with_oracle(
     tokens, graphs = run(pattern, dtype, eager)
     assert graphs is not eager
     path = folder(pattern, dtype)
-    assert_agrees(Oracle(path), tokens, dtype)
+    assert_agrees(Oracle(path), tokens, ERROR_BOUNDS[dtype])
     with pytest.raises(AssertionError):
-        assert_agrees(Oracle(path, {}), tokens, dtype)
+        assert_agrees(Oracle(path, {}), tokens, ERROR_BOUNDS[dtype])
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -134,7 +133,11 @@ def test_layers_that_share_a_cache_entry(tmp_path: Path) -> None:
         assert plan.layers_per_entry == 4
         tokens = greedy(llm, PROMPTS, NUM_TOKENS)
         assert_all_pages_free(llm)
-    assert_agrees(Oracle(path), tokens, "float32")
+    # vLLM's float32 attention of the dense layer, the first of five, multiplies in TF32: rounding its
+    # operands so moves the oracle's own logits by up to 0.21.
+    assert_agrees(Oracle(path), tokens, error_bound=0.25)
+    with pytest.raises(AssertionError):
+        assert_agrees(Oracle(path, {}), tokens, error_bound=0.25)
 
 
 def test_reused_pages_and_preemption(tmp_path: Path) -> None:
