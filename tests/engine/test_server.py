@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.request import ProxyHandler, build_opener
 
-import psutil
 import pytest
-from openai import DefaultHttpxClient, OpenAI
 from transformers import AutoTokenizer
 
 from s2_vllm.demo.checkpoint import make_checkpoint
 from s2_vllm.demo.corpus import project_text
+from tests.engine.server import LOG_NAME, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
+    from openai import OpenAI
     from transformers import PreTrainedTokenizerBase
 
 MODEL = "s2-demo"
-START_SECONDS = 240
-STOP_SECONDS = 60
 FLAGS = [
     "--dtype",
     "float32",
@@ -55,35 +46,14 @@ def tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[OpenAI]:
-    """A client of a server that runs as long as this module's tests, and then has to stop cleanly."""
-    port, log = _free_port(), folder / "server.log"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    # In-process engines of other tests set it; a server is to run as it does by default.
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    command = [
-        str(Path(sys.executable).with_name("vllm")),
-        "serve",
-        str(folder),
-        "--served-model-name",
-        MODEL,
-    ]
-    command += ["--host", "127.0.0.1", "--port", str(port), *FLAGS]
-    with log.open("w") as output:
-        server = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        _wait_until_healthy(server, port, log)
-        with DefaultHttpxClient(trust_env=False) as http:
-            yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", http_client=http)
-        _stop(server, log)
-    finally:
-        if server.poll() is None:
-            server.kill()
-            server.wait()
+    """A client of a server that runs as long as this module's tests."""
+    with serving(folder, "--served-model-name", MODEL, *FLAGS) as client:
+        yield client
 
 
 def test_server_reports_the_plan_of_the_sparse_layers(client: OpenAI, folder: Path) -> None:
     assert [model.id for model in client.models.list()] == [MODEL]
-    assert "4 sparse and 1 dense layers" in (folder / "server.log").read_text()
+    assert "4 sparse and 1 dense layers" in (folder / LOG_NAME).read_text()
 
 
 def test_completion_counts_the_tokens_of_its_prompt(
@@ -129,39 +99,3 @@ def test_16_concurrent_requests_get_what_each_gets_alone(client: OpenAI) -> None
     alone = [complete(prompt) for prompt in prompts]
     assert together == alone
     assert len(set(alone)) > len(prompts) // 2
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait_until_healthy(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    opener = build_opener(ProxyHandler({}))
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        assert server.poll() is None, f"the server has stopped by itself:\n{_tail(log)}"
-        try:
-            with opener.open(f"http://127.0.0.1:{port}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError(f"no answer within {START_SECONDS} s:\n{_tail(log)}")
-
-
-def _stop(server: subprocess.Popen[bytes], log: Path) -> None:
-    """Ask the server to stop as Ctrl-C does; nothing of it may stay behind."""
-    children = psutil.Process(server.pid).children(recursive=True)
-    assert children
-    server.send_signal(signal.SIGINT)
-    status = server.wait(STOP_SECONDS)
-    _, alive = psutil.wait_procs(children, timeout=STOP_SECONDS)
-    for process in alive:
-        process.kill()
-    assert not alive, f"processes left behind: {alive}"
-    assert status == 0, f"exit status {status}:\n{_tail(log)}"
-
-
-def _tail(log: Path) -> str:
-    return log.read_text()[-4000:]

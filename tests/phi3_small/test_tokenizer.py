@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import tiktoken
-from openai import DefaultHttpxClient, OpenAI
 
 from tests.engine.engines import assert_all_pages_free, engine, greedy_params
-from tests.engine.test_server import _free_port, _stop, _wait_until_healthy
+from tests.engine.server import serving
 from tests.phi3_small.checkpoints import (
     SPECIAL_TOKEN_OFFSETS,
     save_checkpoint,
@@ -26,6 +20,7 @@ from tests.phi3_small.oracle import Oracle
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from vllm import LLM
 
@@ -78,28 +73,6 @@ def prompt(encoding: tiktoken.Encoding) -> list[int]:
 def answer(folder: Path, prompt: list[int]) -> list[int]:
     """The oracle's answer to TURNS."""
     return Oracle(folder).greedy(prompt, NUM_TOKENS)[0]
-
-
-@contextmanager
-def serving(folder: Path, *flags: str) -> Iterator[OpenAI]:
-    """A client of a `vllm serve` of the checkpoint, which then has to stop cleanly."""
-    port, log = _free_port(), folder / "server.log"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--host", "127.0.0.1"]
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            [*command, "--port", str(port), *flags], env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
-    try:
-        _wait_until_healthy(server, port, log)
-        with DefaultHttpxClient(trust_env=False) as http:
-            yield OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", http_client=http)
-        _stop(server, log)
-    finally:
-        if server.poll() is None:
-            server.kill()
-            server.wait()
 
 
 @pytest.fixture(scope="module")
