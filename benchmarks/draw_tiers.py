@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
+from s2_kernels.draw import DROPPED_COLOR, STRIDED_COLOR, WINDOW_COLOR
 from s2_kernels.pattern import S2Pattern
 
 if TYPE_CHECKING:
@@ -16,7 +18,6 @@ if TYPE_CHECKING:
 
 PATTERN = S2Pattern.build(4, 4, block_size=64, local_blocks=3, vert_stride=4)
 NUM_BLOCKS = 15
-WINDOW, STRIDED, FREED = "#e07b39", "#2f6f9f", "#f0f0f0"
 
 
 def main() -> None:
@@ -37,10 +38,10 @@ def _draw_attended(axes: Axes) -> None:
     query = NUM_BLOCKS - 1
     for head in range(PATTERN.num_heads):
         for block in range(NUM_BLOCKS):
-            colour = FREED
+            colour = DROPPED_COLOR
             if PATTERN.attends(head, query, block):
-                colour = WINDOW if query - block < PATTERN.local_blocks else STRIDED
-            _cell(axes, block, head, colour, str(block) if colour is not FREED else "")
+                colour = WINDOW_COLOR if query - block < PATTERN.local_blocks else STRIDED_COLOR
+            _cell(axes, block, head, colour, str(block) if colour is not DROPPED_COLOR else "")
         axes.text(-0.2, head + 0.5, f"head {head}", ha="right", va="center", fontsize=9)
     _finish(axes, f"What a query in block {query} attends to: its head's shard, and the window", NUM_BLOCKS)
 
@@ -53,9 +54,11 @@ def _draw_tiers(axes: Axes) -> None:
         for page in range(num_super_blocks):
             block = page * stride + PATTERN.residues[head]
             written = block <= query
-            _cell(axes, page * 1.35, head, STRIDED if written else "white", str(block) if written else "")
+            _cell(
+                axes, page * 1.35, head, STRIDED_COLOR if written else "white", str(block) if written else ""
+            )
         for n, block in enumerate(range(query - PATTERN.local_blocks + 1, query + 1)):
-            _cell(axes, 9 + n * 1.35, head, WINDOW, str(block))
+            _cell(axes, 9 + n * 1.35, head, WINDOW_COLOR, str(block))
         axes.text(-0.2, head + 0.5, f"head {head}", ha="right", va="center", fontsize=9)
     for page in range(num_super_blocks):
         label = f"blocks\n{page * stride}-{page * stride + stride - 1}"
@@ -76,8 +79,6 @@ def _draw_tiers(axes: Axes) -> None:
 
 
 def _cell(axes: Axes, x: float, y: float, colour: str, text: str) -> None:
-    from matplotlib.patches import Rectangle
-
     axes.add_patch(Rectangle((x, y), 1, 1, facecolor=colour, edgecolor="#999999", linewidth=0.6))
     axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=8, color="white")
 
