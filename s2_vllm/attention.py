@@ -88,7 +88,7 @@ class S2Attention(Attention):
         kwargs.update(
             attn_backend=S2AttentionBackend,
             kv_sharing_target_layer_name=None if leader is None else leader.layer_name,
-            pattern=plan.layer_residues(get_tensor_model_parallel_rank()),
+            pattern=plan.pattern_of_rank(get_tensor_model_parallel_rank()),
             strided_name=(prefix if leader is None else leader.layer_name) + STRIDED_SUFFIX,
         )
         super().__init__(*args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
@@ -61,7 +62,6 @@ class S2Metadata(AttentionMetadata):
         num_decodes: leading requests with at most one query.
         num_decode_tokens: their tokens.
         query_start_loc: int32 [requests + 1].
-        prefill_query_start_loc: the same for the other requests, counted from their first token.
         seq_lens: int32 [requests].
         block_table: int32 [requests, pages].
         slot_mapping: int64 [tokens], -1 for padding.
@@ -71,10 +71,17 @@ class S2Metadata(AttentionMetadata):
     num_decodes: int
     num_decode_tokens: int
     query_start_loc: torch.Tensor
-    prefill_query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
+
+    @cached_property
+    def prefill_query_start_loc(self) -> torch.Tensor:
+        """`query_start_loc` of the other requests, counted from their first token.
+
+        Made for the first layer that wants it: a step of decodes only, and the strided tier, never do.
+        """
+        return self.query_start_loc[self.num_decodes :] - self.num_decode_tokens
 
 
 class S2MetadataBuilder(AttentionMetadataBuilder[S2Metadata]):
@@ -101,13 +108,11 @@ class S2MetadataBuilder(AttentionMetadataBuilder[S2Metadata]):
         """Split the batch into decodes and the rest; all else is vLLM's own tensors."""
         common = common_attn_metadata
         decodes, _, decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=1)
-        starts = common.query_start_loc
         return S2Metadata(
             num_tokens=common.num_actual_tokens,
             num_decodes=decodes,
             num_decode_tokens=decode_tokens,
-            query_start_loc=starts,
-            prefill_query_start_loc=starts[decodes:] - decode_tokens,
+            query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,

@@ -19,19 +19,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import sys
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
 SUPPORTED_VLLM = "0.32."
 
-_layers_installed = False
 
-
+@cache
 def install() -> None:
     """Install what is needed before a configuration exists; the rest follows when one has a pattern.
 
     Processes that vLLM spawns receive a finished configuration: they get everything at once. They
-    are told by the modules that such a process has imported before it loads plugins.
+    are told by the modules that such a process has imported before it loads plugins. In any process
+    it happens once, however often vLLM loads its plugins.
     """
     from vllm.config import VllmConfig
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
@@ -42,8 +43,6 @@ def install() -> None:
     register_models()
 
     verify = VllmConfig.try_verify_and_update_config
-    if getattr(verify, "_s2", False):
-        return
 
     def try_verify_and_update_config(self: VllmConfig) -> None:
         verify(self)
@@ -52,20 +51,15 @@ def install() -> None:
         if prepare(self):
             install_layers()
 
-    try_verify_and_update_config._s2 = True  # type: ignore[attr-defined]  # marks our own wrapper
     VllmConfig.try_verify_and_update_config = try_verify_and_update_config
 
     if sys.modules.keys() & {"vllm.v1.engine.core", "vllm.v1.worker.worker_base"}:
         install_layers()
 
 
+@cache
 def install_layers() -> None:
     """Let sparse layers replace `Attention`, and check and report the KV cache that results."""
-    global _layers_installed
-    if _layers_installed:
-        return
-    _layers_installed = True
-
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.engine import core
 

@@ -3,7 +3,7 @@
 It is computed once, from the model's geometry alone, before anything is loaded; the attention layers
 take their KV cache specs from it, and start-up checks that vLLM set up just that.
 
-A sparse layer keeps its KV in two vLLM KV cache groups (see DESIGN in the README, "How it works"):
+A sparse layer keeps its KV in two vLLM KV cache groups (README, "How it works"):
 the window tier and the strided tier. vLLM gives every page of a model the same bytes, and splits the
 layers of a kind into groups as large as the smallest kind. With many sparse and few dense layers that
 would make dozens of groups, each with a block table of its own. So one *entry* may own the pages of
@@ -167,7 +167,7 @@ class CachePlan:
         """KV bytes of the same request if every layer were dense, in vLLM's 16-token pages."""
         return -(-length // 16) * 16 * self.token_bytes * self.model.num_layers
 
-    def layer_residues(self, rank: int) -> S2Pattern:
+    def pattern_of_rank(self, rank: int) -> S2Pattern:
         """The pattern of the heads of tensor-parallel rank `rank`."""
         return self.pattern.shard(rank, self.tensor_parallel_size)
 

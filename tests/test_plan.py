@@ -207,12 +207,12 @@ def test_all_layers_sparse() -> None:
 def test_every_rank_has_the_same_tiers(pattern_heads: str, ranks: int) -> None:
     s2 = S2Config(4, 8, pattern_heads=pattern_heads, dense_layers=(0,))
     plan = make_plan(s2, MODEL, tensor_parallel_size=ranks)
-    heads = [plan.layer_residues(rank).num_heads for rank in range(ranks)]
+    heads = [plan.pattern_of_rank(rank).num_heads for rank in range(ranks)]
     assert sum(heads) == MODEL.num_heads
-    residues = [r for rank in range(ranks) for r in plan.layer_residues(rank).residues]
+    residues = [r for rank in range(ranks) for r in plan.pattern_of_rank(rank).residues]
     assert residues == list(plan.pattern.residues)
     for rank in range(ranks):
-        pattern = plan.layer_residues(rank)
+        pattern = plan.pattern_of_rank(rank)
         # What the page layout depends on; all ranks share the block tables of one scheduler.
         assert pattern.num_kept == plan.layout.pattern.num_kept
         assert pattern.num_kv_heads == plan.num_kv_heads == max(1, MODEL.num_kv_heads // ranks)

@@ -5,7 +5,7 @@ Keys and defaults are those of microsoft/Phi-3-small-8k-instruct and -128k-instr
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -37,7 +37,7 @@ class Phi3SmallConfig(PreTrainedConfig):
     model_type = "phi3small"
     keys_to_ignore_at_inference = ("past_key_values",)
     ignore_keys_at_rope_validation = frozenset({"short_mscale", "long_mscale"})
-    attribute_map = {"rope_theta": "rope_embedding_base"}  # noqa: RUF012  # the base class's convention
+    attribute_map: ClassVar[dict[str, str]] = {"rope_theta": "rope_embedding_base"}
 
     vocab_size: int = 100352
     hidden_size: int = 4096

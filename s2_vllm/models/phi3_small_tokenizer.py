@@ -8,7 +8,7 @@ library from the checkpoint's file, with the same ids.
 from __future__ import annotations
 
 import base64
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TokenizersBackend
 from transformers.convert_slow_tokenizer import TikTokenConverter
@@ -52,8 +52,11 @@ class Phi3SmallTokenizer(TokenizersBackend):
         ValueError: a line of the vocabulary file is not a base64 token and its rank.
     """
 
-    vocab_files_names = {"vocab_file": "cl100k_base.tiktoken", "tokenizer_file": "tokenizer.json"}  # noqa: RUF012  # the base class's convention
-    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012  # as above
+    vocab_files_names: ClassVar[dict[str, str]] = {
+        "vocab_file": "cl100k_base.tiktoken",
+        "tokenizer_file": "tokenizer.json",
+    }
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
 
     @classmethod
     def convert_to_native_format(cls, **kwargs: Any) -> dict[str, Any]:
