@@ -1,0 +1,298 @@
+"""The consumer warpgroups: the matrix products and the softmax of 64 queries each."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from s2_kernels.hopper.schedule import NO_UNIT, TILE_M, UNIT, locate_tile, plan_units, unit_at
+
+BLOCK_N = gl.constexpr(128)
+LN_2 = gl.constexpr(0.6931471805599453)
+
+
+@gluon.jit
+def visible_keys(n, plan, residue, positions, window_starts, VERT_STRIDE: gl.constexpr):
+    """[rows]: how many leading keys of unit n each query sees. Windows and units start at blocks."""
+    is_window, index = unit_at(n, plan)
+    first_key = gl.where(is_window, index, index * VERT_STRIDE + residue) * UNIT
+    is_seen = ((first_key >= window_starts) == is_window) & (index != NO_UNIT)
+    return gl.where(is_seen, positions + 1 - first_key, 0)
+
+
+@gluon.jit
+def mask_unit(logits, n, plan, residue, positions, window_starts, VERT_STRIDE: gl.constexpr):
+    """Logits [rows, UNIT] of unit n, -inf where a query does not see a key."""
+    visible = visible_keys(n, plan, residue, positions, window_starts, VERT_STRIDE)
+    visible = gl.convert_layout(visible, gl.SliceLayout(1, logits.type.layout))
+    columns = gl.arange(0, UNIT, layout=gl.SliceLayout(0, logits.type.layout))
+    return gl.where(columns[None, :] < visible[:, None], logits, float("-inf"))
+
+
+@gluon.jit
+def mask_step(logits, n, plan, residue, positions, window_starts, VERT_STRIDE: gl.constexpr):
+    """Logits [rows, BLOCK_N] of units n and n + 1, -inf where a query does not see a key."""
+    visible_0 = visible_keys(n, plan, residue, positions, window_starts, VERT_STRIDE)
+    visible_1 = visible_keys(n + 1, plan, residue, positions, window_starts, VERT_STRIDE)
+    columns = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, logits.type.layout))[None, :]
+    ends = gl.where(columns < UNIT, visible_0[:, None], visible_1[:, None] + UNIT)
+    return gl.where(columns < ends, logits, float("-inf"))
+
+
+@gluon.jit
+def softmax_step(logits, row_max, row_sum, scale_log2):
+    """One step of the online softmax (arXiv 2205.14135, algorithm 1) in base 2.
+
+    Returns (weights, decay of the output so far, row_max, row_sum). `row_max` is of unscaled logits and
+    finite from the start, so that a row without any key yet never computes inf - inf.
+    """
+    rows: gl.constexpr = row_max.type.layout
+    new_max = gl.maximum(row_max, gl.convert_layout(gl.max(logits, 1), rows))
+    decay = gl.exp2((row_max - new_max) * scale_log2)
+    shift = gl.convert_layout(new_max * scale_log2, gl.SliceLayout(1, logits.type.layout))
+    weights = gl.exp2(logits * scale_log2 - shift[:, None])
+    return weights, decay, new_max, row_sum * decay + gl.convert_layout(gl.sum(weights, 1), rows)
+
+
+@gluon.jit
+def zero_values_from(first, pieces, stage, HALF: gl.constexpr, HEAD_SIZE: gl.constexpr):
+    """Zero the values of a half of a stage from slot `first` on, where there is no token.
+
+    What lies there may be NaN, and a weight of zero would not hide it.
+    """
+    PANELS: gl.constexpr = HEAD_SIZE // pieces.shape[2]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    slots = gl.arange(0, UNIT, layout=gl.SliceLayout(1, LAYOUT))
+    for panel in gl.static_range(PANELS):
+        piece = pieces.index((stage * PANELS + panel) * 2 + HALF)
+        values = piece.load(LAYOUT)
+        piece.store(gl.where((slots < first)[:, None], values, gl.zeros_like(values)))
+    fence_async_shared()
+
+
+@gluon.jit
+def start_tile(
+    HALF: gl.constexpr,
+    queries,
+    k_smem,
+    v_smem,
+    v_pieces,
+    k_ready,
+    k_empty,
+    v_ready,
+    v_empty,
+    step,
+    num_tokens,
+    plan,
+    masked_end,
+    residue,
+    positions,
+    window_starts,
+    acc,
+    row_max,
+    row_sum,
+    scale_log2,
+    VERT_STRIDE: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Attention to unit HALF, and the softmax of units 2 and 3, whose logits are multiplied meanwhile.
+
+    Returns (acc, weights, row_max, row_sum) as after a step of the main loop.
+    """
+    ROWS: gl.constexpr = queries.shape[0]
+    HEAD_SIZE: gl.constexpr = queries.shape[1]
+    OUTPUT: gl.constexpr = acc.type.layout
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+    UNIT_LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, UNIT, 16])
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    dtype: gl.constexpr = queries.dtype
+    half_stage = step % STAGES
+    half_phase = (step // STAGES) & 1
+    stage = (step + 1) % STAGES
+    phase = ((step + 1) // STAGES) & 1
+
+    mbarrier.wait(k_ready.index(half_stage), half_phase)
+    half_keys = k_smem.index(half_stage).slice(HALF * UNIT, UNIT, dim=0)
+    half_logits = gl.zeros([ROWS, UNIT], gl.float32, UNIT_LOGITS)
+    half_logits = warpgroup_mma(queries, half_keys.permute([1, 0]), half_logits, use_acc=False, is_async=True)
+    mbarrier.wait(k_ready.index(stage), phase)
+    logits = gl.zeros([ROWS, BLOCK_N], gl.float32, LOGITS)
+    logits = warpgroup_mma(queries, k_smem.index(stage).permute([1, 0]), logits, use_acc=False, is_async=True)
+    half_logits = warpgroup_mma_wait(1, deps=[half_logits])
+    mbarrier.arrive(k_empty.index(half_stage), count=1)
+    half_logits = mask_unit(half_logits, HALF, plan, residue, positions, window_starts, VERT_STRIDE)
+    weights, _, row_max, row_sum = softmax_step(half_logits, row_max, row_sum, scale_log2)
+    mbarrier.wait(v_ready.index(half_stage), half_phase)
+    # The last block of a request may have slots without a token.
+    _, unit = unit_at(HALF, plan)
+    if (num_tokens % UNIT != 0) & (unit == (num_tokens - 1) // UNIT):
+        zero_values_from(num_tokens % UNIT, v_pieces, half_stage, HALF, HEAD_SIZE)
+    weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
+    half_values = v_smem.index(half_stage).slice(HALF * UNIT, UNIT, dim=0)
+    acc = warpgroup_mma(weights, half_values, acc, use_acc=False, is_async=True)
+    logits = warpgroup_mma_wait(1, deps=[logits])
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    if masked_end > 2:
+        logits = mask_step(logits, 2, plan, residue, positions, window_starts, VERT_STRIDE)
+    next_weights, decay, row_max, row_sum = softmax_step(logits, row_max, row_sum, scale_log2)
+    mbarrier.wait(v_ready.index(stage), phase)
+    acc, weights, next_weights, decay = warpgroup_mma_wait(0, deps=[acc, weights, next_weights, decay])
+    mbarrier.arrive(v_empty.index(half_stage), count=1)
+    acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, OUTPUT))[:, None]
+    return acc, gl.convert_layout(next_weights.to(dtype), WEIGHTS), row_max, row_sum
+
+
+@gluon.jit
+def store_rows(out, stride_token, values, query_start, first_row, query_len):
+    """Store values [rows, head_size], of a request's queries from `first_row` on, in 16-byte pieces."""
+    ROWS: gl.constexpr = values.shape[0]
+    HEAD_SIZE: gl.constexpr = values.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_SIZE, HEAD_SIZE // 8], [4, 1], [1, 0])
+    values = gl.convert_layout(values, LAYOUT)
+    rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+    dims = gl.arange(0, HEAD_SIZE, layout=gl.SliceLayout(0, LAYOUT))
+    pointers = out + (query_start + rows).to(gl.int64) * stride_token
+    gl.store(pointers[:, None] + dims[None, :], values, mask=(rows < query_len)[:, None])
+
+
+@gluon.jit
+def consume(
+    WARPGROUP: gl.constexpr,
+    out,
+    lse,
+    query_start_loc,
+    seq_lens,
+    residues,
+    q_smem,
+    k_smem,
+    v_smem,
+    v_pieces,
+    q_ready,
+    q_empty,
+    k_ready,
+    k_empty,
+    v_ready,
+    v_empty,
+    scale_log2,
+    num_tiles,
+    num_work,
+    num_requests,
+    heads_per_section,
+    out_stride_token,
+    out_stride_head,
+    lse_stride_token,
+    LOCAL_BLOCKS: gl.constexpr,
+    VERT_STRIDE: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Attention of this warpgroup's half of every tile of this program.
+
+    The softmax of a step runs while the output of the one before is multiplied.
+    """
+    ROWS: gl.constexpr = TILE_M // 2
+    HEAD_SIZE: gl.constexpr = v_smem.shape[2]
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_SIZE, 16])
+    dtype: gl.constexpr = q_smem.dtype
+    no_logits = gl.zeros([ROWS, BLOCK_N], gl.float32, LOGITS)
+    queries = q_smem.index(WARPGROUP)
+    step = 0
+    tiles_done = 0
+    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
+        head, request, query_start, query_len, first_row = locate_tile(
+            work, num_tiles, num_requests, heads_per_section, query_start_loc
+        )
+        if first_row < query_len:
+            # Rows past the last query repeat it, so that every row has keys.
+            num_tokens = gl.load(seq_lens + request)
+            context_len = num_tokens - query_len
+            last_position = context_len + gl.minimum(first_row + TILE_M, query_len) - 1
+            rows = first_row + WARPGROUP * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LOGITS))
+            positions = gl.minimum(context_len + rows, last_position)
+            window_starts = (positions // UNIT - LOCAL_BLOCKS + 1) * UNIT
+            residue = gl.load(residues + head)
+            num_units, masked_end, plan = plan_units(
+                context_len + first_row, last_position, residue, LOCAL_BLOCKS, VERT_STRIDE
+            )
+            acc = gl.zeros([ROWS, HEAD_SIZE], gl.float32, OUTPUT)
+            row_max = gl.full([ROWS], -1e30, gl.float32, gl.SliceLayout(1, LOGITS))
+            row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LOGITS))
+
+            mbarrier.wait(q_ready, tiles_done & 1)
+            acc, weights, row_max, row_sum = start_tile(
+                1 - WARPGROUP,
+                queries,
+                k_smem,
+                v_smem,
+                v_pieces,
+                k_ready,
+                k_empty,
+                v_ready,
+                v_empty,
+                step,
+                num_tokens,
+                plan,
+                masked_end,
+                residue,
+                positions,
+                window_starts,
+                acc,
+                row_max,
+                row_sum,
+                scale_log2,
+                VERT_STRIDE,
+                STAGES,
+            )
+            step += 1
+
+            for n in range(4, num_units, 2):
+                last_stage = step % STAGES
+                step += 1
+                stage = step % STAGES
+                phase = (step // STAGES) & 1
+                mbarrier.wait(k_ready.index(stage), phase)
+                logits = warpgroup_mma(
+                    queries, k_smem.index(stage).permute([1, 0]), no_logits, use_acc=False, is_async=True
+                )
+                acc = warpgroup_mma(weights, v_smem.index(last_stage), acc, is_async=True)
+                logits = warpgroup_mma_wait(1, deps=[logits])
+                mbarrier.arrive(k_empty.index(stage), count=1)
+                if n < masked_end:
+                    logits = mask_step(logits, n, plan, residue, positions, window_starts, VERT_STRIDE)
+                next_weights, decay, row_max, row_sum = softmax_step(logits, row_max, row_sum, scale_log2)
+                # Values are wanted in the next step only, but the wait for them keeps ptxas from moving the
+                # wait for the output up, before the softmax. The softmax's results are in that one's list
+                # so that LLVM does not move them down.
+                mbarrier.wait(v_ready.index(stage), phase)
+                acc, weights, next_weights, decay = warpgroup_mma_wait(
+                    0, deps=[acc, weights, next_weights, decay]
+                )
+                mbarrier.arrive(v_empty.index(last_stage), count=1)
+                acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, OUTPUT))[:, None]
+                weights = gl.convert_layout(next_weights.to(dtype), gl.DotOperandLayout(0, OUTPUT, 2))
+
+            mbarrier.arrive(q_empty, count=1)
+            acc = warpgroup_mma(weights, v_smem.index(step % STAGES), acc)
+            mbarrier.arrive(v_empty.index(step % STAGES), count=1)
+            step += 1
+            tiles_done += 1
+
+            acc = acc * gl.convert_layout(1.0 / row_sum, gl.SliceLayout(1, OUTPUT))[:, None]
+            store_rows(
+                out + head * out_stride_head,
+                out_stride_token,
+                acc.to(dtype),
+                query_start,
+                first_row + WARPGROUP * ROWS,
+                query_len,
+            )
+            if lse is not None:
+                row_lse = (row_max * scale_log2 + gl.log2(row_sum)) * LN_2
+                lse_rows = lse + (query_start + rows).to(gl.int64) * lse_stride_token + head
+                gl.store(lse_rows, row_lse, mask=rows < query_len)

@@ -1,0 +1,375 @@
+"""S2-Attention of many queries per request on a Hopper GPU: TMA loads, wgmma, specialized warps.
+
+One warp loads (the producer) and two warpgroups multiply (the consumers), 64 queries of a tile each. A step
+takes two blocks of keys, 128 tokens, wherever they lie. The overlap of products and softmax is that of
+FlashAttention-3 (arXiv 2407.08608, section 3.2) within a warpgroup; across the two the hardware does it.
+Programs are persistent, so that the loads for a tile begin while the one before is finished.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from s2_kernels.hopper.consumer import BLOCK_N, consume
+from s2_kernels.hopper.gluon_api import reinterpret
+from s2_kernels.hopper.producer import PANEL, produce
+from s2_kernels.hopper.schedule import TILE_M, UNIT
+from s2_kernels.layout import head_tables
+from s2_kernels.pattern import S2Pattern
+from s2_kernels.tiles import LOG2_E
+
+SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+STAGES = 2
+SECTION_BYTES = 8 * 2**20
+"""Strided keys and values of the heads at work at a time, at most: well within an L2 cache of 50 MB."""
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "num_tiles",
+        "num_work",
+        "num_requests",
+        "heads_per_section",
+        "window_table_stride",
+        "strided_table_stride",
+    ]
+)
+def prefill_fwd_kernel(
+    queries,  # TMA descriptors: [tokens, num_heads * head_size]
+    window_keys,  # [rows, columns], the rows of a tier's pages or of contiguous tokens
+    window_values,
+    strided_keys,
+    strided_values,
+    window_table,  # [requests, pages]
+    strided_table,
+    query_start_loc,  # [requests + 1]
+    key_start_loc,  # [requests + 1], where keys are contiguous
+    seq_lens,  # [requests]
+    residues,  # [num_heads]
+    ranks,  # [num_heads]
+    out,  # [tokens, num_heads, head_size]
+    lse,  # [tokens, num_heads] or None
+    scale_log2,
+    num_tiles,
+    num_work,
+    num_requests,
+    heads_per_section,
+    window_table_stride,
+    strided_table_stride,
+    window_page_rows,
+    strided_page_rows,
+    window_head_rows,
+    strided_head_rows,
+    out_stride_token: gl.int64,
+    out_stride_head: gl.int64,
+    lse_stride_token: gl.int64,
+    GROUP_SIZE: gl.constexpr,
+    HEAD_SIZE: gl.constexpr,
+    PAGE_SLOTS: gl.constexpr,
+    LOCAL_BLOCKS: gl.constexpr,
+    VERT_STRIDE: gl.constexpr,
+    NUM_KEPT: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Program p works on the tiles p, p + programs, ... of `locate_tile`."""
+    dtype: gl.constexpr = queries.dtype
+    LAYOUT: gl.constexpr = queries.layout
+    PIECES: gl.constexpr = STAGES * (HEAD_SIZE // PANEL) * 2
+    q_smem = gl.allocate_shared_memory(dtype, [2, TILE_M // 2, HEAD_SIZE], LAYOUT)
+    # TMA fills pieces of 64 rows by 128 bytes; one after the other, they are a tile as wgmma reads it.
+    k_pieces = gl.allocate_shared_memory(dtype, [PIECES, UNIT, PANEL], LAYOUT)
+    v_pieces = gl.allocate_shared_memory(dtype, [PIECES, UNIT, PANEL], LAYOUT)
+    k_smem = reinterpret(k_pieces, dtype, [STAGES, BLOCK_N, HEAD_SIZE], LAYOUT)
+    v_smem = reinterpret(v_pieces, dtype, [STAGES, BLOCK_N, HEAD_SIZE], LAYOUT)
+
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    q_ready = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    mbarrier.init(q_ready, count=1)
+    mbarrier.init(q_empty, count=2)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(v_ready.index(stage), count=1)
+        mbarrier.init(v_empty.index(stage), count=2)
+    fence_async_shared()
+
+    gl.warp_specialize(
+        [
+            (
+                consume,
+                (
+                    gl.constexpr(0),
+                    out,
+                    lse,
+                    query_start_loc,
+                    seq_lens,
+                    residues,
+                    q_smem,
+                    k_smem,
+                    v_smem,
+                    v_pieces,
+                    q_ready,
+                    q_empty,
+                    k_ready,
+                    k_empty,
+                    v_ready,
+                    v_empty,
+                    scale_log2,
+                    num_tiles,
+                    num_work,
+                    num_requests,
+                    heads_per_section,
+                    out_stride_token,
+                    out_stride_head,
+                    lse_stride_token,
+                    LOCAL_BLOCKS,
+                    VERT_STRIDE,
+                    STAGES,
+                ),
+            ),
+            (
+                consume,
+                (
+                    gl.constexpr(1),
+                    out,
+                    lse,
+                    query_start_loc,
+                    seq_lens,
+                    residues,
+                    q_smem,
+                    k_smem,
+                    v_smem,
+                    v_pieces,
+                    q_ready,
+                    q_empty,
+                    k_ready,
+                    k_empty,
+                    v_ready,
+                    v_empty,
+                    scale_log2,
+                    num_tiles,
+                    num_work,
+                    num_requests,
+                    heads_per_section,
+                    out_stride_token,
+                    out_stride_head,
+                    lse_stride_token,
+                    LOCAL_BLOCKS,
+                    VERT_STRIDE,
+                    STAGES,
+                ),
+            ),
+            (
+                produce,
+                (
+                    queries,
+                    window_keys,
+                    window_values,
+                    strided_keys,
+                    strided_values,
+                    window_table,
+                    strided_table,
+                    query_start_loc,
+                    key_start_loc,
+                    seq_lens,
+                    residues,
+                    ranks,
+                    q_smem,
+                    k_pieces,
+                    v_pieces,
+                    q_ready,
+                    q_empty,
+                    k_ready,
+                    k_empty,
+                    v_ready,
+                    v_empty,
+                    num_tiles,
+                    num_work,
+                    num_requests,
+                    heads_per_section,
+                    window_table_stride,
+                    strided_table_stride,
+                    window_page_rows,
+                    strided_page_rows,
+                    window_head_rows,
+                    strided_head_rows,
+                    GROUP_SIZE,
+                    HEAD_SIZE,
+                    PAGE_SLOTS,
+                    LOCAL_BLOCKS,
+                    VERT_STRIDE,
+                    NUM_KEPT,
+                    STAGES,
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )
+
+
+def paged_prefill_fwd(
+    q: torch.Tensor,
+    window_cache: torch.Tensor,
+    strided_cache: torch.Tensor,
+    window_table: torch.Tensor,
+    strided_table: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    pattern: S2Pattern,
+    scale: float,
+    out: torch.Tensor,
+    max_seq_len: int | None,
+) -> None:
+    """`s2_kernels.prefill.paged_prefill` of tensors that `supports` accepts, after its checks."""
+    page_slots, columns = window_cache.shape[2:]
+    window, strided = _rows(window_cache, columns), _rows(strided_cache, columns)
+    _launch(
+        q,
+        (window, window, strided, strided),
+        (window_table, strided_table),
+        (query_start_loc, query_start_loc, seq_lens),
+        pattern,
+        scale,
+        out,
+        lse=None,
+        page_slots=page_slots,
+        page_rows=(
+            window_cache.stride(0) // window_cache.stride(2),
+            strided_cache.stride(0) // strided_cache.stride(2),
+        ),
+        head_rows=(
+            window_cache.stride(1) // window_cache.stride(2),
+            strided_cache.stride(1) // strided_cache.stride(2),
+        ),
+        max_seq_len=max_seq_len
+        or strided_table.shape[1] * page_slots * pattern.vert_stride // pattern.num_kept,
+    )
+
+
+def contiguous_prefill_fwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    key_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    pattern: S2Pattern,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """S2-Attention over packed keys and values, of tensors that `supports` accepts.
+
+    Args:
+        q, out: [tokens, num_heads, head_size].
+        k, v: [keys, num_kv_heads, head_size].
+        query_start_loc, key_start_loc: int32 [requests + 1], where each request's queries and keys start.
+        seq_lens: int32 [requests], its number of keys. Its queries are the last of them.
+        pattern: of the heads.
+        scale: factor on the logits, positive.
+        lse: float32 [tokens, num_heads], to be filled with the log-sum-exp of the scaled logits, or None.
+    """
+    columns = k.shape[1] * k.shape[2]
+    keys, values = _rows(k, columns), _rows(v, columns)
+    _launch(
+        q,
+        (keys, values, keys, values),
+        (seq_lens, seq_lens),
+        (query_start_loc, key_start_loc, seq_lens),
+        pattern,
+        scale,
+        out,
+        lse=lse,
+        page_slots=0,
+        page_rows=(0, 0),
+        head_rows=(0, 0),
+        max_seq_len=k.shape[0],
+    )
+
+
+def _launch(
+    q: torch.Tensor,
+    keys_and_values: tuple[TensorDescriptor, ...],
+    tables: tuple[torch.Tensor, torch.Tensor],
+    lengths: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    pattern: S2Pattern,
+    scale: float,
+    out: torch.Tensor,
+    *,
+    lse: torch.Tensor | None,
+    page_slots: int,
+    page_rows: tuple[int, int],
+    head_rows: tuple[int, int],
+    max_seq_len: int,
+) -> None:
+    num_tokens, num_heads, head_size = q.shape
+    num_requests = lengths[2].shape[0]
+    num_tiles = num_tokens // TILE_M.value + num_requests
+    num_work = num_tiles * num_heads
+    heads = head_tables(pattern, q.device)
+    queries = TensorDescriptor(
+        q, [num_tokens, num_heads * head_size], [q.stride(0), 1], [TILE_M.value // 2, head_size], SWIZZLED
+    )
+    prefill_fwd_kernel[(min(num_work, _num_multiprocessors(q.device)),)](
+        queries,
+        *keys_and_values,
+        *tables,
+        *lengths,
+        heads.residue,
+        heads.rank,
+        out,
+        lse,
+        scale * LOG2_E,
+        num_tiles,
+        num_work,
+        num_requests,
+        heads_per_section(pattern, max_seq_len, head_size),
+        *(table.stride(0) for table in tables),
+        *page_rows,
+        *head_rows,
+        *out.stride()[:2],
+        0 if lse is None else lse.stride(0),
+        GROUP_SIZE=pattern.group_size,
+        HEAD_SIZE=head_size,
+        PAGE_SLOTS=page_slots,
+        LOCAL_BLOCKS=pattern.local_blocks,
+        VERT_STRIDE=pattern.vert_stride,
+        NUM_KEPT=pattern.num_kept,
+        STAGES=STAGES,
+        num_warps=4,
+    )
+
+
+def heads_per_section(pattern: S2Pattern, max_seq_len: int, head_size: int) -> int:
+    """How many query heads to work on at a time: those of as many KV heads as share the L2 cache well."""
+    strided_tokens = max_seq_len * pattern.num_kept // pattern.vert_stride
+    head_bytes = max(1, strided_tokens * 2 * head_size * 2)
+    fitting = (n for n in range(1, pattern.num_kv_heads + 1) if pattern.num_kv_heads % n == 0)
+    kv_heads = max((n for n in fitting if n * head_bytes <= SECTION_BYTES), default=1)
+    return kv_heads * pattern.group_size
+
+
+def _rows(tensor: torch.Tensor, columns: int) -> TensorDescriptor:
+    """[rows, columns]: a tensor's memory, for loads of UNIT rows of a panel."""
+    row = tensor.stride(-2 if tensor.dim() == 4 else 0)
+    last_row = (
+        sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) // row
+    )
+    return TensorDescriptor(tensor, [last_row + 1, columns], [row, 1], [UNIT.value, PANEL.value], SWIZZLED)
+
+
+@lru_cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,237 @@
+"""The producer warp: TMA loads of queries, keys and values, in the order the consumers want them."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from s2_kernels.hopper.gluon_api import tma_load
+from s2_kernels.hopper.schedule import NO_UNIT, TILE_M, UNIT, locate_tile, plan_units, unit_at
+
+PANEL = gl.constexpr(64)
+"""Columns of a swizzled row of 128 bytes, the widest box of a TMA load."""
+NO_ROW = gl.constexpr(2**31 - 2**16)
+"""Past the end of every array, where TMA loads zeros."""
+
+
+@gluon.jit
+def row_of_unit(
+    n,
+    plan,
+    window_pages,
+    strided_pages,
+    window_page_rows,
+    strided_page_rows,
+    window_start,
+    strided_start,
+    residue,
+    rank,
+    PAGE_SLOTS: gl.constexpr,
+    VERT_STRIDE: gl.constexpr,
+    NUM_KEPT: gl.constexpr,
+):
+    """(whether unit n is of the window tier, row of its first token in the tier's array).
+
+    PAGE_SLOTS 0 stands for keys that are not paged: both tiers are the same array, a row for each token.
+    """
+    is_window, index = unit_at(n, plan)
+    if PAGE_SLOTS == 0:
+        row = window_start + gl.where(is_window, index, index * VERT_STRIDE + residue) * UNIT
+    else:
+        token = gl.where(is_window, index, index * NUM_KEPT + rank) * UNIT
+        pages = gl.where(is_window, window_pages, strided_pages)
+        page = gl.load(pages + token // PAGE_SLOTS, mask=index != NO_UNIT, other=0)
+        row = page * gl.where(is_window, window_page_rows, strided_page_rows) + token % PAGE_SLOTS
+        row += gl.where(is_window, window_start, strided_start)
+    return is_window, gl.where(index == NO_UNIT, NO_ROW, row)
+
+
+@gluon.jit
+def load_unit(
+    window, strided, is_window, row, column, ready, pieces, stage, HALF: gl.constexpr, PANELS: gl.constexpr
+):
+    """Start the loads of a unit's keys or values into its half of a stage; `ready` will report them."""
+    for panel in gl.static_range(PANELS):
+        piece = pieces.index((stage * PANELS + panel) * 2 + HALF)
+        at = [row, column + panel * PANEL]
+        tma_load(window, at, ready.index(stage), piece, pred=is_window)
+        tma_load(strided, at, ready.index(stage), piece, pred=is_window == 0)
+
+
+@gluon.jit
+def produce(
+    queries,
+    window_keys,
+    window_values,
+    strided_keys,
+    strided_values,
+    window_table,
+    strided_table,
+    query_start_loc,
+    key_start_loc,
+    seq_lens,
+    residues,
+    ranks,
+    q_smem,
+    k_pieces,
+    v_pieces,
+    q_ready,
+    q_empty,
+    k_ready,
+    k_empty,
+    v_ready,
+    v_empty,
+    num_tiles,
+    num_work,
+    num_requests,
+    heads_per_section,
+    window_table_stride,
+    strided_table_stride,
+    window_page_rows,
+    strided_page_rows,
+    window_head_rows,
+    strided_head_rows,
+    GROUP_SIZE: gl.constexpr,
+    HEAD_SIZE: gl.constexpr,
+    PAGE_SLOTS: gl.constexpr,
+    LOCAL_BLOCKS: gl.constexpr,
+    VERT_STRIDE: gl.constexpr,
+    NUM_KEPT: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Load the queries and units of every tile of this program.
+
+    A stage of keys, or of values, is filled when both consumers have emptied it, and reported as ready.
+    """
+    PANELS: gl.constexpr = HEAD_SIZE // PANEL
+    STAGE_BYTES: gl.constexpr = 2 * UNIT * HEAD_SIZE * 2
+    num_filled = 0
+    tiles_done = 0
+    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
+        head, request, query_start, query_len, first_row = locate_tile(
+            work, num_tiles, num_requests, heads_per_section, query_start_loc
+        )
+        if first_row < query_len:
+            context_len = gl.load(seq_lens + request) - query_len
+            last_position = context_len + gl.minimum(first_row + TILE_M, query_len) - 1
+            residue = gl.load(residues + head)
+            rank = gl.load(ranks + head)
+            num_units, _, plan = plan_units(
+                context_len + first_row, last_position, residue, LOCAL_BLOCKS, VERT_STRIDE
+            )
+            kv_head = head // GROUP_SIZE
+            window_pages = window_table + request.to(gl.int64) * window_table_stride
+            strided_pages = strided_table + request.to(gl.int64) * strided_table_stride
+            if PAGE_SLOTS == 0:
+                window_start = gl.load(key_start_loc + request)
+                strided_start = window_start
+                key_column = kv_head * HEAD_SIZE
+                value_column = key_column
+            else:
+                window_start = kv_head * window_head_rows
+                strided_start = kv_head * strided_head_rows
+                key_column = 0
+                value_column = HEAD_SIZE
+
+            mbarrier.wait(q_empty, (tiles_done & 1) ^ 1)
+            mbarrier.expect(q_ready, TILE_M * HEAD_SIZE * 2)
+            for half in gl.static_range(2):
+                at = [query_start + first_row + half * (TILE_M // 2), head * HEAD_SIZE]
+                tma_load(queries, at, q_ready, q_smem.index(half))
+            tiles_done += 1
+
+            # The keys of a step are wanted before the values of the one before it.
+            is_window_0, is_window_1 = head < 0, head < 0
+            row_0, row_1 = 0, 0
+            for n in range(0, num_units + 2, 2):
+                values_0, values_1, value_row_0, value_row_1 = is_window_0, is_window_1, row_0, row_1
+                if n < num_units:
+                    is_window_0, row_0 = row_of_unit(
+                        n,
+                        plan,
+                        window_pages,
+                        strided_pages,
+                        window_page_rows,
+                        strided_page_rows,
+                        window_start,
+                        strided_start,
+                        residue,
+                        rank,
+                        PAGE_SLOTS,
+                        VERT_STRIDE,
+                        NUM_KEPT,
+                    )
+                    is_window_1, row_1 = row_of_unit(
+                        n + 1,
+                        plan,
+                        window_pages,
+                        strided_pages,
+                        window_page_rows,
+                        strided_page_rows,
+                        window_start,
+                        strided_start,
+                        residue,
+                        rank,
+                        PAGE_SLOTS,
+                        VERT_STRIDE,
+                        NUM_KEPT,
+                    )
+                    step = num_filled + n // 2
+                    stage = step % STAGES
+                    mbarrier.wait(k_empty.index(stage), ((step // STAGES) & 1) ^ 1)
+                    mbarrier.expect(k_ready.index(stage), STAGE_BYTES)
+                    load_unit(
+                        window_keys,
+                        strided_keys,
+                        is_window_0,
+                        row_0,
+                        key_column,
+                        k_ready,
+                        k_pieces,
+                        stage,
+                        0,
+                        PANELS,
+                    )
+                    load_unit(
+                        window_keys,
+                        strided_keys,
+                        is_window_1,
+                        row_1,
+                        key_column,
+                        k_ready,
+                        k_pieces,
+                        stage,
+                        1,
+                        PANELS,
+                    )
+                if n > 0:
+                    step = num_filled + n // 2 - 1
+                    stage = step % STAGES
+                    mbarrier.wait(v_empty.index(stage), ((step // STAGES) & 1) ^ 1)
+                    mbarrier.expect(v_ready.index(stage), STAGE_BYTES)
+                    load_unit(
+                        window_values,
+                        strided_values,
+                        values_0,
+                        value_row_0,
+                        value_column,
+                        v_ready,
+                        v_pieces,
+                        stage,
+                        0,
+                        PANELS,
+                    )
+                    load_unit(
+                        window_values,
+                        strided_values,
+                        values_1,
+                        value_row_1,
+                        value_column,
+                        v_ready,
+                        v_pieces,
+                        stage,
+                        1,
+                        PANELS,
+                    )
+            num_filled += num_units // 2

@@ -1,0 +1,115 @@
+"""Which query tile a program works on, and the key units it visits.
+
+A tile is TILE_M consecutive queries of one query head and request. A unit is one block of keys, of the
+window tier or of the strided tier. The units of a tile come in an order that puts those first which some
+row of the tile must not see, or not all of; the others need no mask. Their number is even, since a step
+takes two: units without keys even it out.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+TILE_M = gl.constexpr(128)
+UNIT = gl.constexpr(64)
+NO_UNIT = gl.constexpr(-1)
+
+
+@gluon.jit
+def locate_tile(work, num_tiles, num_requests, heads_per_section, query_start_loc):
+    """Of a work index: (head, request, start of its queries, their number, the tile's first row among them).
+
+    Heads come in sections, so that the keys of those at work fit the L2 cache; within a section late tiles,
+    which have more keys, come first. Request n's tiles start at query_start_loc[n] // TILE_M + n: at least
+    ceil(queries / TILE_M) of them, and the grid depends on shapes only. A tile past the request's end has a
+    first row at or past the number of queries.
+    """
+    section = work // (num_tiles * heads_per_section)
+    within = work % (num_tiles * heads_per_section)
+    head = section * heads_per_section + within % heads_per_section
+    tile = num_tiles - 1 - within // heads_per_section
+    low = work * 0
+    high = low + num_requests
+    while high - low > 1:
+        middle = (low + high) // 2
+        starts_before = gl.load(query_start_loc + middle) // TILE_M + middle <= tile
+        low = gl.where(starts_before, middle, low)
+        high = gl.where(starts_before, high, middle)
+    query_start = gl.load(query_start_loc + low)
+    query_len = gl.load(query_start_loc + low + 1) - query_start
+    first_row = (tile - query_start // TILE_M - low) * TILE_M
+    return head, low, query_start, query_len, first_row
+
+
+@gluon.jit
+def plan_units(first_position, last_position, residue, LOCAL_BLOCKS: gl.constexpr, VERT_STRIDE: gl.constexpr):
+    """(number of units, end of those that need a mask, what `unit_at` needs) for queries at these positions.
+
+    Units 0 and 1 are a step of their own, in which each half of the tile has one of them: its own where the
+    tile is two whole blocks and the rest then needs no padding, the last block otherwise. In the order of the
+    visits, the others are: the rest of the blocks with the causal edge, those with the window's old edge, the
+    strided blocks that only the later rows are past, and then all that every row sees.
+    """
+    first_block = first_position // UNIT
+    last_block = last_position // UNIT
+    window_first = gl.maximum(first_block - LOCAL_BLOCKS + 1, 0)
+    shared_first = gl.maximum(last_block - LOCAL_BLOCKS + 1, 0)
+    num_all = gl.maximum(first_block - LOCAL_BLOCKS - residue + VERT_STRIDE, 0) // VERT_STRIDE
+    num_any = gl.maximum(last_block - LOCAL_BLOCKS - residue + VERT_STRIDE, 0) // VERT_STRIDE
+    num_causal = last_block - gl.maximum(first_block, shared_first)
+    num_old = shared_first - window_first
+    num_shared = gl.maximum(first_block - shared_first, 0)
+    num_others = num_causal + num_old + num_any + num_shared
+    is_paired = (first_position % UNIT == 0) & (last_block == first_block + 1) & (num_old == 1)
+    is_paired = is_paired & (num_others % 2 == 1)
+    old_skipped = gl.where(is_paired, 1, 0)
+    causal_end = 2 + num_causal
+    old_end = causal_end + num_old - old_skipped
+    edge_end = old_end + num_any - num_all
+    num_others -= old_skipped
+    masked_end = edge_end + gl.where(num_others == 0, 2, num_others % 2)
+    unit_1 = gl.where(is_paired, window_first, last_block)
+    plan = (
+        causal_end,
+        old_end,
+        edge_end,
+        masked_end,
+        num_shared,
+        last_block,
+        unit_1,
+        window_first + old_skipped,
+        shared_first,
+        num_all,
+    )
+    return masked_end + num_shared + num_all, masked_end, plan
+
+
+@gluon.jit
+def unit_at(n, plan):
+    """(whether unit n is of the window tier, its index there).
+
+    The index counts blocks in the window tier, and the head's own blocks in the strided tier. It is NO_UNIT
+    for a unit without keys.
+    """
+    (
+        causal_end,
+        old_end,
+        edge_end,
+        masked_end,
+        num_shared,
+        last_block,
+        unit_1,
+        old_first,
+        shared_first,
+        num_all,
+    ) = plan
+    after = n - masked_end
+    is_window = (n < old_end) | ((after >= 0) & (after < num_shared))
+    index = gl.where(after < num_shared, shared_first + after, after - num_shared)
+    index = gl.where(after < 0, NO_UNIT, index)
+    index = gl.where(n < edge_end, num_all + n - old_end, index)
+    index = gl.where(n < old_end, old_first + n - causal_end, index)
+    index = gl.where(n < causal_end, last_block + 1 - n, index)
+    index = gl.where(n == 1, unit_1, index)
+    return is_window, gl.where(n == 0, last_block, index)

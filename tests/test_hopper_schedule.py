@@ -1,0 +1,135 @@
+"""The Hopper kernels' order of work, run as plain Python: every row meets each key of its set once.
+
+The functions of `s2_kernels.hopper.schedule` are compiled for a GPU, but what they compute is integer
+arithmetic; here it runs on Python's own integers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import FunctionType, SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from s2_kernels.hopper import schedule
+from s2_kernels.pattern import S2Pattern
+
+UNIT, TILE_M = schedule.UNIT.value, schedule.TILE_M.value
+NO_UNIT = schedule.NO_UNIT.value
+
+
+class Pointer:
+    """A pointer into a list: adding to it moves it."""
+
+    def __init__(self, values: list[int], offset: int = 0) -> None:
+        self.values, self.offset = values, offset
+
+    def __add__(self, offset: int) -> Pointer:
+        return Pointer(self.values, self.offset + offset)
+
+
+def as_python(function: Any) -> Callable[..., Any]:
+    """A compiled function, on integers and `Pointer`s."""
+    language = SimpleNamespace(
+        where=lambda condition, yes, no: yes if condition else no,
+        maximum=max,
+        load=lambda pointer: pointer.values[pointer.offset],
+    )
+    constants = {"gl": language, "UNIT": UNIT, "TILE_M": TILE_M, "NO_UNIT": NO_UNIT}
+    return FunctionType(function.fn.__code__, constants)
+
+
+locate_tile = as_python(schedule.locate_tile)
+plan_units = as_python(schedule.plan_units)
+unit_at = as_python(schedule.unit_at)
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    first_position=st.integers(0, 40 * UNIT),
+    rows=st.integers(1, TILE_M),
+    local_blocks=st.integers(1, 20),
+    vert_stride=st.integers(2, 9),
+    residue=st.integers(0, 8),
+)
+@example(first_position=20 * UNIT, rows=TILE_M, local_blocks=4, vert_stride=3, residue=1)
+@example(first_position=21 * UNIT, rows=TILE_M, local_blocks=1, vert_stride=2, residue=0)
+@example(first_position=0, rows=1, local_blocks=16, vert_stride=8, residue=0)
+def test_every_row_meets_each_block_of_its_set_once(
+    first_position: int, rows: int, local_blocks: int, vert_stride: int, residue: int
+) -> None:
+    residue %= vert_stride
+    last_position = first_position + rows - 1
+    num_units, masked_end, plan = plan_units(
+        first_position, last_position, residue, local_blocks, vert_stride
+    )
+    assert num_units % 2 == 0
+    assert num_units >= 4
+    units = [unit_at(n, plan) for n in range(num_units)]
+    for row in range(TILE_M):
+        position = min(first_position + row, last_position)
+        query_block = position // UNIT
+        window_start = (query_block - local_blocks + 1) * UNIT
+        met = []
+        for n, (is_window, index) in enumerate(units):
+            # The first step has one unit for each half of the rows, the second one for the first half.
+            if n == row // (TILE_M // 2) and n < 2:
+                continue
+            if index == NO_UNIT:
+                assert n < masked_end
+                continue
+            block = index if is_window else index * vert_stride + residue
+            sees = (block * UNIT >= window_start) == is_window and block * UNIT <= position
+            if n >= masked_end:
+                assert sees
+                assert (block + 1) * UNIT - 1 <= position
+            if sees:
+                met.append(block)
+        expected = [
+            block
+            for block in range(query_block + 1)
+            if query_block - block < local_blocks or block % vert_stride == residue
+        ]
+        assert sorted(met) == expected
+
+
+@pytest.mark.parametrize("heads_per_section", [1, 2, 4])
+@pytest.mark.parametrize("lengths", [[300], [0, 128, 1, 0, 129, 500], [5, 5, 5]], ids=str)
+def test_every_tile_of_every_head_has_one_work_index(lengths: list[int], heads_per_section: int) -> None:
+    starts = [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+    num_heads, num_tiles = 4, starts[-1] // TILE_M + len(lengths)
+    found = []
+    for work in range(num_tiles * num_heads):
+        head, request, query_start, query_len, first_row = locate_tile(
+            work, num_tiles, len(lengths), heads_per_section, Pointer(starts)
+        )
+        assert (query_start, query_len) == (starts[request], lengths[request])
+        if first_row < query_len:
+            found.append((head, request, first_row))
+    expected = [
+        (head, request, first_row)
+        for head in range(num_heads)
+        for request, length in enumerate(lengths)
+        for first_row in range(0, length, TILE_M)
+    ]
+    assert sorted(found) == expected
+
+
+def test_long_tiles_come_first_and_heads_in_sections() -> None:
+    starts = Pointer([0, 4 * TILE_M - 1])
+    order = [locate_tile(work, 4, 1, 2, starts) for work in range(16)]
+    assert [head for head, *_ in order] == [0, 1] * 4 + [2, 3] * 4
+    assert [first_row for *_, first_row in order[:8:2]] == [3 * TILE_M, 2 * TILE_M, TILE_M, 0]
+
+
+def test_pattern_agrees_with_the_specification() -> None:
+    """The set that the tests above expect is the one of `S2Pattern`."""
+    pattern = S2Pattern.build(3, 3, local_blocks=2, vert_stride=3)
+    mask = pattern.block_mask(12)
+    for head, residue in enumerate(pattern.residues):
+        for query_block in range(12):
+            expected = [b for b in range(query_block + 1) if query_block - b < 2 or b % 3 == residue]
+            assert mask[head, query_block].nonzero().flatten().tolist() == expected
