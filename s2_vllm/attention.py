@@ -119,6 +119,8 @@ class S2Attention(Attention):
                 f"expected {expected}"
             )
         self.kv_cache = self.heads_of(kv_cache)
+        if self.kv_cache.is_cuda:
+            self.impl.warm_up(self.kv_cache)
 
     def heads_of(self, entry_cache: torch.Tensor) -> torch.Tensor:
         """This layer's range of the heads of an entry's pages."""

@@ -63,6 +63,7 @@ class S2Metadata(AttentionMetadata):
         num_decode_tokens: their tokens.
         query_start_loc: int32 [requests + 1].
         seq_lens: int32 [requests].
+        max_seq_len: the longest of them, or a bound.
         block_table: int32 [requests, pages].
         slot_mapping: int64 [tokens], -1 for padding.
     """
@@ -72,6 +73,7 @@ class S2Metadata(AttentionMetadata):
     num_decode_tokens: int
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
+    max_seq_len: int
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
 
@@ -114,6 +116,7 @@ class S2MetadataBuilder(AttentionMetadataBuilder[S2Metadata]):
             num_decode_tokens=decode_tokens,
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
+            max_seq_len=common.max_seq_len,
             block_table=common.block_table_tensor,
             slot_mapping=common.slot_mapping,
         )
@@ -158,6 +161,26 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
 
         if not current_platform.is_cpu():
             head_tables(self.pattern, torch.empty(0, device=current_platform.device_type).device)
+
+    def warm_up(self, kv_cache: torch.Tensor) -> None:
+        """Compile the prefill kernel, which the first request would wait for otherwise.
+
+        vLLM's own warm-up runs decodes only. One query attends to whatever is in page 0.
+
+        Args:
+            kv_cache: this layer's heads of a tier's pages; both tiers have the same shape.
+        """
+        from s2_kernels.prefill import paged_prefill
+
+        def integers(*values: int) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=kv_cache.device)
+
+        q = kv_cache.new_zeros(1, self.num_heads, self.head_size)
+        table = integers(0)[None]
+        caches_and_tables = (kv_cache, kv_cache, table, table)
+        paged_prefill(
+            q, *caches_and_tables, integers(0, 1), integers(1), self.pattern, self.scale, torch.empty_like(q)
+        )
 
     def forward(
         self,
@@ -248,6 +271,7 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
                 self.pattern,
                 self.scale,
                 out[tokens:],
+                max_seq_len=window.max_seq_len,
             )
 
 

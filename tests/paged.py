@@ -59,6 +59,7 @@ if DEVICE == "cuda":
     GEOMETRIES += [
         Geometry(_build(8, 2, local_blocks=4), 128),
         Geometry(_build(8, 2, local_blocks=4, head_sliding_offset=1, pattern_heads="query"), 128),
+        Geometry(_build(3, 3, local_blocks=1, vert_stride=5), 64, 192),
         Geometry(_build(2, 2, block_size=128, local_blocks=2, vert_stride=3), 256, 384),
     ]
 

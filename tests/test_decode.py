@@ -6,8 +6,11 @@ from itertools import permutations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from s2_kernels.decode import MAX_SPLITS, choose_num_splits, paged_decode
+from s2_kernels.decode import paged_decode
+from s2_kernels.decode_combine import MAX_CHUNK, MIN_CHUNK, chunk_size
 from s2_kernels.pattern import S2Pattern
 from tests.paged import (
     DEVICE,
@@ -31,20 +34,20 @@ def scaled(pattern: S2Pattern) -> list[tuple[int, int]]:
     return [(context * factor, queries) for context, queries in REQUESTS]
 
 
-def run(batch: PagedBatch, num_splits: int | None = None) -> torch.Tensor:
+def run(batch: PagedBatch, num_programs: int | None = None) -> torch.Tensor:
     out = batch.poisoned_output()
-    paged_decode(*batch.attention_arguments(), batch.pattern, batch.scale, out, num_splits)
+    paged_decode(*batch.attention_arguments(), batch.pattern, batch.scale, out, num_programs)
     return out
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
-@pytest.mark.parametrize("num_splits", [1, 5], ids=lambda n: f"splits{n}")
+@pytest.mark.parametrize("num_programs", [1, 5, 40], ids=lambda n: f"programs{n}")
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 def test_matches_attention_over_contiguous_keys(
-    geometry: Geometry, num_splits: int, dtype: torch.dtype
+    geometry: Geometry, num_programs: int, dtype: torch.dtype
 ) -> None:
     batch = build_batch(geometry, scaled(geometry.pattern), dtype=dtype, padding_tokens=3)
-    batch.check(run(batch, num_splits))
+    batch.check(run(batch, num_programs))
 
 
 @pytest.mark.parametrize("position", range(3, 16 * 13, 15))
@@ -82,22 +85,54 @@ def test_batch_without_queries(requests: list[tuple[int, int]]) -> None:
     batch.check(run(batch))
 
 
-def test_more_splits_than_tiles_of_keys() -> None:
+@pytest.mark.parametrize("num_programs", range(2, 12))
+def test_every_cut_of_the_line(num_programs: int) -> None:
+    """Shares that end inside a KV head, at its end, and, with a tile to spare, inside many in a row."""
+    requests = [(0, 1), (203, 1), (0, 0), (16, 1), (77, 1)]
+    batch = build_batch(SMALL, requests, padding_tokens=1)
+    batch.check(run(batch, num_programs))
+
+
+def test_more_partial_results_than_are_read_at_once() -> None:
+    batch = build_batch(SMALL, [(16 * 4 * 90, 1), (0, 1)])
+    num_programs = 5 * MIN_CHUNK
+    assert chunk_size(num_programs, 2 * SMALL.pattern.num_kv_heads) < 91 // 2
+    batch.check(run(batch, num_programs))
+
+
+def test_stale_length_of_a_padding_request_combines_nothing() -> None:
+    """By its length it would be cut; the row at its place is the next request's, which is not."""
+    batch = build_batch(SMALL, [(300, 0), (10, 1), (900, 1)])
+    batch.check(run(batch, 12))
+
+
+def test_more_programs_than_tiles_of_keys() -> None:
     batch = build_batch(SMALL, [(20, 1), (70, 1)])
-    batch.check(run(batch, 10 * MAX_SPLITS))
+    batch.check(run(batch, 200))
 
 
-def test_splits_fall_with_the_programs_there_are() -> None:
-    device = torch.device(DEVICE)
-    splits = [choose_num_splits(programs, device) for programs in (1, 8, 64, 10_000)]
-    assert splits == sorted(splits, reverse=True)
-    assert splits[-1] == 1
-    assert splits[0] <= MAX_SPLITS
+@settings(max_examples=25, deadline=None)
+@given(
+    contexts=st.lists(st.integers(0, 400), min_size=1, max_size=5),
+    queries=st.lists(st.integers(0, 1), min_size=5, max_size=5),
+    num_programs=st.integers(1, 30),
+)
+def test_any_batch_on_any_number_of_programs(
+    contexts: list[int], queries: list[int], num_programs: int
+) -> None:
+    batch = build_batch(GEOMETRIES[2], list(zip(contexts, queries, strict=False)), padding_tokens=1)
+    batch.check(run(batch, num_programs))
 
 
-def test_wrong_number_of_splits_is_named() -> None:
+def test_chunk_holds_all_results_of_equal_parts() -> None:
+    assert chunk_size(264, 512) == MIN_CHUNK
+    assert chunk_size(264, 8) == 64
+    assert chunk_size(10_000, 1) == MAX_CHUNK
+
+
+def test_wrong_number_of_programs_is_named() -> None:
     batch = build_batch(SMALL, [(20, 1)])
-    with pytest.raises(ValueError, match=r"^num_splits: 0"):
+    with pytest.raises(ValueError, match=r"^num_programs: 0"):
         run(batch, 0)
 
 

@@ -6,14 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
+from s2_kernels.configs import launch_config, shape_key
 from s2_kernels.layout import head_tables
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.tiles import check_caches, check_contiguous_last_dim
 
-MAX_HEADS_PER_PROGRAM = 16
 
-
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def cache_write_kernel(
     key,  # [tokens, num_kv_heads, head_size]
     value,
@@ -22,6 +21,7 @@ def cache_write_kernel(
     window_slots,  # [tokens]
     strided_slots,
     rank_of_residue,  # [num_kv_heads, vert_stride]
+    num_tokens,
     key_stride_token: tl.int64,
     key_stride_head: tl.int64,
     value_stride_token: tl.int64,
@@ -40,39 +40,45 @@ def cache_write_kernel(
     BLOCK_SIZE: tl.constexpr,
     VERT_STRIDE: tl.constexpr,
     NUM_KEPT: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Program (t, c) copies BLOCK_H KV heads of token t."""
-    token = tl.program_id(0).to(tl.int64)
-    window_slot = tl.load(window_slots + token).to(tl.int64)
-    strided_slot = tl.load(strided_slots + token).to(tl.int64)
-    if tl.minimum(window_slot, strided_slot) < 0:
-        return
-    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    """Program i copies ROWS vectors of K and of V: those of all KV heads of token 0, of token 1, ..."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tokens = (rows // NUM_KV_HEADS).to(tl.int64)
+    heads = (rows % NUM_KV_HEADS).to(tl.int64)
+    is_token = tokens < num_tokens
     dims = tl.arange(0, HEAD_PADDED)[None, :]
-    is_head = heads < NUM_KV_HEADS
-    mask = is_head[:, None] & (dims < HEAD_SIZE)
-    long_heads = heads.to(tl.int64)
-    k = tl.load(key + token * key_stride_token + long_heads[:, None] * key_stride_head + dims, mask=mask)
-    v = tl.load(
-        value + token * value_stride_token + long_heads[:, None] * value_stride_head + dims, mask=mask
-    )
+    is_dim = dims < HEAD_SIZE
+    # Loaded whether or not the token is padding, so as not to wait for the slots.
+    mask = is_token[:, None] & is_dim
+    k = tl.load(key + (tokens * key_stride_token + heads * key_stride_head)[:, None] + dims, mask=mask)
+    v = tl.load(value + (tokens * value_stride_token + heads * value_stride_head)[:, None] + dims, mask=mask)
+    window_slot = tl.load(window_slots + tokens, mask=is_token, other=-1)
+    strided_slot = tl.load(strided_slots + tokens, mask=is_token, other=-1)
+    is_token = (window_slot >= 0) & (strided_slot >= 0)
 
     page = window_slot // PAGE_SLOTS
     slot = window_slot % PAGE_SLOTS
-    rows = page * window_stride_page + long_heads * window_stride_head + slot * window_stride_slot
-    tl.store(window_cache + rows[:, None] + dims, k, mask=mask)
-    tl.store(window_cache + rows[:, None] + HEAD_SIZE + dims, v, mask=mask)
+    target = page * window_stride_page + heads * window_stride_head + slot * window_stride_slot
+    mask = is_token[:, None] & is_dim
+    tl.store(window_cache + target[:, None] + dims, k, mask=mask)
+    tl.store(window_cache + target[:, None] + HEAD_SIZE + dims, v, mask=mask)
 
     page = strided_slot // STRIDED_PAGE_TOKENS
     local_position = strided_slot % STRIDED_PAGE_TOKENS
     local_block = local_position // BLOCK_SIZE
-    rank = tl.load(rank_of_residue + heads * VERT_STRIDE + local_block % VERT_STRIDE, mask=is_head, other=-1)
-    slots = (local_block // VERT_STRIDE * NUM_KEPT + rank) * BLOCK_SIZE + local_position % BLOCK_SIZE
-    rows = page * strided_stride_page + long_heads * strided_stride_head + slots * strided_stride_slot
-    mask = mask & (rank >= 0)[:, None]
-    tl.store(strided_cache + rows[:, None] + dims, k, mask=mask)
-    tl.store(strided_cache + rows[:, None] + HEAD_SIZE + dims, v, mask=mask)
+    residue = local_block % VERT_STRIDE
+    rank = tl.load(rank_of_residue + heads * VERT_STRIDE + residue, mask=is_token, other=-1)
+    slot = (local_block // VERT_STRIDE * NUM_KEPT + rank) * BLOCK_SIZE + local_position % BLOCK_SIZE
+    target = page * strided_stride_page + heads * strided_stride_head + slot * strided_stride_slot
+    mask = (rank >= 0)[:, None] & is_dim
+    tl.store(strided_cache + target[:, None] + dims, k, mask=mask)
+    tl.store(strided_cache + target[:, None] + HEAD_SIZE + dims, v, mask=mask)
+
+
+def cache_write_config(head_padded: int, dtype: torch.dtype) -> dict[str, int]:
+    """Vectors of K and of V per program, and its warps."""
+    return launch_config("cache_write", shape_key(head_padded, dtype), {"ROWS": 16, "num_warps": 2})
 
 
 def write_cache(
@@ -123,8 +129,9 @@ def write_cache(
     tokens = min(key.shape[0], window_slots.shape[0])
     if tokens == 0:
         return
-    block_h = min(MAX_HEADS_PER_PROGRAM, triton.next_power_of_2(pattern.num_kv_heads))
-    cache_write_kernel[(tokens, triton.cdiv(pattern.num_kv_heads, block_h))](
+    head_padded = triton.next_power_of_2(head_size)
+    config = cache_write_config(head_padded, key.dtype)
+    cache_write_kernel[(triton.cdiv(tokens * pattern.num_kv_heads, config["ROWS"]),)](
         key,
         value,
         window_cache,
@@ -132,18 +139,18 @@ def write_cache(
         window_slots,
         strided_slots,
         head_tables(pattern, key.device).rank_of_residue,
+        tokens,
         *key.stride()[:2],
         *value.stride()[:2],
         *window_cache.stride()[:3],
         *strided_cache.stride()[:3],
         NUM_KV_HEADS=pattern.num_kv_heads,
         HEAD_SIZE=head_size,
-        HEAD_PADDED=triton.next_power_of_2(head_size),
+        HEAD_PADDED=head_padded,
         PAGE_SLOTS=layout.page_slots,
         STRIDED_PAGE_TOKENS=layout.strided_page_tokens,
         BLOCK_SIZE=pattern.block_size,
         VERT_STRIDE=pattern.vert_stride,
         NUM_KEPT=pattern.num_kept,
-        BLOCK_H=block_h,
-        num_warps=4,
+        **config,
     )

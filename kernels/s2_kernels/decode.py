@@ -1,7 +1,8 @@
 """S2-Attention of one query per request on the two-tier paged KV cache: decode.
 
-Memory-bound, so a program loads each key once for all query heads of its KV head. A request's keys are
-divided over several programs (split-K); a second kernel combines their results by log-sum-exp.
+Memory-bound, so a program loads each key once for all query heads of its KV head. A fixed number of programs
+share the keys of the whole batch evenly (see `decode_schedule`): a KV head whose keys all fall to one program
+is done by it; what several programs found of one is combined by log-sum-exp in a second kernel.
 """
 
 from __future__ import annotations
@@ -11,54 +12,77 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
-from s2_kernels.layout import TierLayout, head_tables
+from s2_kernels.configs import launch_config, shape_key
+from s2_kernels.decode_combine import combine_partial_results
+from s2_kernels.decode_schedule import (
+    num_old_blocks,
+    num_shares,
+    num_window_tiles,
+    places_per_head,
+    request_ends,
+    share_start,
+)
+from s2_kernels.layout import head_tables
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.tiles import (
     LOG2_E,
     MIN_DOT_SIZE,
     check_paged_arguments,
-    largest_power_of_two_divisor,
-    load_kv_where,
     load_tile_where,
     query_key,
     softmax_step,
+    token_rows,
 )
 
-MAX_SPLITS = 64
-PROGRAMS_PER_PROCESSOR = 2
+MIN_REQUESTS_PADDED = 128
+"""Batches up to this size share a compiled kernel."""
 
 
-@triton.jit(do_not_specialize=["num_splits"])
-def paged_decode_fwd_kernel(
-    q,  # [tokens, num_heads, head_size]
-    window_cache,  # [pages, num_kv_heads, page_slots, 2 * head_size]
+@triton.jit
+def table_entry(tile, window_tiles, first_window_tile, window_table, strided_table, PAGE_TILES: tl.constexpr):
+    """Where the block tables have the page of a tile of a KV head."""
+    in_window = tile < window_tiles
+    tier_tile = tl.where(in_window, first_window_tile + tile, tile - window_tiles)
+    return tl.where(in_window, window_table, strided_table) + tier_tile // PAGE_TILES
+
+
+@triton.jit
+def num_strided_tiles(
+    residues,  # [NUM_KEPT], of the KV head
+    old_blocks,
+    BLOCK_SIZE: tl.constexpr,
+    VERT_STRIDE: tl.constexpr,
+    NUM_KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Tiles of the strided blocks older than the window. They are the first ones of the tier."""
+    kept = tl.arange(0, KEPT_PADDED)
+    kept_residues = tl.load(residues + kept, mask=kept < NUM_KEPT, other=VERT_STRIDE)
+    in_last_super_block = tl.sum((kept_residues < old_blocks % VERT_STRIDE).to(tl.int32), 0)
+    blocks = old_blocks // VERT_STRIDE * NUM_KEPT + in_last_super_block
+    return blocks * (BLOCK_SIZE // BLOCK_N)
+
+
+@triton.jit
+def attend_tiles(
+    queries,  # [BLOCK_M, HEAD_PADDED]
+    row_ranks,  # [BLOCK_M]
+    first_tile,
+    end_tile,
+    seq_len,
+    window_cache,  # first page of the KV head
     strided_cache,
-    window_table,  # [requests, pages]
+    window_table,  # the request's row
     strided_table,
-    query_start_loc,  # [requests + 1]
-    seq_lens,  # [requests]
-    kept_residues,  # [num_kv_heads, num_kept]
-    ranks,  # [num_heads]
-    partial,  # [tokens, num_heads, splits, head_size]
-    lse,  # [tokens, num_heads, splits], base 2, -inf for a split without keys
+    residues,  # [NUM_KEPT], of the KV head
+    window_stride_page,
+    window_stride_slot,
+    strided_stride_page,
+    strided_stride_slot,
     scale_log2,
-    num_splits,
-    q_stride_token: tl.int64,
-    q_stride_head: tl.int64,
-    window_stride_page: tl.int64,
-    window_stride_head: tl.int64,
-    window_stride_slot: tl.int64,
-    strided_stride_page: tl.int64,
-    strided_stride_head: tl.int64,
-    strided_stride_slot: tl.int64,
-    window_table_stride: tl.int64,
-    strided_table_stride: tl.int64,
-    partial_stride_token: tl.int64,
-    partial_stride_head: tl.int64,
-    partial_stride_split: tl.int64,
-    NUM_HEADS: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     PAGE_SLOTS: tl.constexpr,
@@ -70,154 +94,183 @@ def paged_decode_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program (n, g, i): split i of the keys of request n's query, all query heads of KV head g."""
-    request = tl.program_id(0)
-    query_start = tl.load(query_start_loc + request)
-    if tl.load(query_start_loc + request + 1) == query_start:
-        return
+    """Online softmax over the tiles first ... end - 1 of a KV head: (acc, row_max, row_sum)."""
+    PAGE_TILES: tl.constexpr = PAGE_SLOTS // BLOCK_N
+    old_blocks = num_old_blocks(seq_len, BLOCK_SIZE, LOCAL_BLOCKS)
+    first_window_tile = old_blocks * (BLOCK_SIZE // BLOCK_N)
+    window_tiles = num_window_tiles(seq_len, old_blocks, BLOCK_SIZE, BLOCK_N)
+    strided_tiles = num_strided_tiles(
+        residues, old_blocks, BLOCK_SIZE, VERT_STRIDE, NUM_KEPT, KEPT_PADDED, BLOCK_N
+    )
+    end_tile = tl.minimum(end_tile, window_tiles + strided_tiles)
 
-    kv_head = tl.program_id(1)
-    window_cache += kv_head.to(tl.int64) * window_stride_head
-    strided_cache += kv_head.to(tl.int64) * strided_stride_head
-    window_table += request.to(tl.int64) * window_table_stride
-    strided_table += request.to(tl.int64) * strided_table_stride
-
-    # The blocks of the kept residues, in order, are the tier's order too: those older than the window
-    # are its first num_strided tokens.
-    position = tl.load(seq_lens + request) - 1
-    old_blocks = tl.maximum(position // BLOCK_SIZE - LOCAL_BLOCKS + 1, 0)
-    kept = tl.arange(0, KEPT_PADDED)
-    residues = tl.load(kept_residues + kv_head * NUM_KEPT + kept, mask=kept < NUM_KEPT, other=VERT_STRIDE)
-    in_last_super_block = tl.sum((residues < old_blocks % VERT_STRIDE).to(tl.int32), 0)
-    num_strided = (old_blocks // VERT_STRIDE * NUM_KEPT + in_last_super_block) * BLOCK_SIZE
-
-    # Split the tiles of both tiers, strided first, evenly.
-    window_start = old_blocks * BLOCK_SIZE
-    first_window_tile = window_start // BLOCK_N
-    strided_tiles = tl.cdiv(num_strided, BLOCK_N)
-    num_tiles = strided_tiles + position // BLOCK_N + 1 - first_window_tile
-    tiles_per_split = tl.cdiv(num_tiles, num_splits)
-    split = tl.program_id(2)
-    first_tile = split * tiles_per_split
-    end_tile = tl.minimum(first_tile + tiles_per_split, num_tiles)
-
-    rows = tl.arange(0, BLOCK_M)
-    is_row = rows < GROUP_SIZE
-    heads = kv_head * GROUP_SIZE + rows
-    token = query_start.to(tl.int64)
-    q_rows = q + token * q_stride_token + heads.to(tl.int64) * q_stride_head
-    queries = load_tile_where(q_rows, is_row, HEAD_SIZE, HEAD_PADDED)
-    row_ranks = tl.load(ranks + heads, mask=is_row, other=0)
     acc = tl.zeros((BLOCK_M, HEAD_PADDED), tl.float32)
     row_max = tl.full((BLOCK_M,), -1e30, tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    entry = table_entry(first_tile, window_tiles, first_window_tile, window_table, strided_table, PAGE_TILES)
+    page = tl.load(entry, mask=first_tile < end_tile, other=0)
+    for tile in range(first_tile, end_tile):
+        in_window = tile < window_tiles
+        first_token = tl.where(in_window, first_window_tile + tile, tile - window_tiles) * BLOCK_N
+        stride_page = tl.where(in_window, window_stride_page, strided_stride_page)
+        stride_slot = tl.where(in_window, window_stride_slot, strided_stride_slot)
+        cache = tl.where(in_window, window_cache, strided_cache)
+        rows = token_rows(cache, page, first_token, stride_page, stride_slot, PAGE_SLOTS, BLOCK_N)
 
-    for n in range(first_tile, tl.minimum(end_tile, strided_tiles)):
-        first_token = n * BLOCK_N
-        keys = first_token + tl.arange(0, BLOCK_N)
-        is_key = keys < num_strided
-        k, v = load_kv_where(
-            is_key,
-            strided_cache,
-            strided_table,
-            first_token,
-            strided_stride_page,
-            strided_stride_slot,
-            PAGE_SLOTS,
-            BLOCK_N,
-            HEAD_SIZE,
-            HEAD_PADDED,
+        # A step ahead: a load that this step's addresses waited for would take pipeline stages of its own.
+        next_tile = tl.minimum(tile + 1, end_tile - 1)
+        entry = table_entry(
+            next_tile, window_tiles, first_window_tile, window_table, strided_table, PAGE_TILES
         )
-        key_ranks = keys // BLOCK_SIZE % NUM_KEPT
-        visible = is_key[None, :] & (key_ranks[None, :] == row_ranks[:, None])
+        page = tl.load(entry)
+
+        num_keys = tl.where(in_window, seq_len - first_token, BLOCK_N)
+        is_key = tl.arange(0, BLOCK_N) < num_keys
+        k = load_tile_where(rows, is_key, HEAD_SIZE, HEAD_PADDED)
+        v = load_tile_where(rows + HEAD_SIZE, is_key, HEAD_SIZE, HEAD_PADDED)
+        visible = is_key[None, :]
+        if NUM_KEPT > 1:
+            tile_rank = first_token // BLOCK_SIZE % NUM_KEPT
+            visible = visible & (in_window | (row_ranks == tile_rank))[:, None]
         logits = tl.where(visible, query_key(queries, k), float("-inf"))
         acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, scale_log2)
-
-    window_shift = first_window_tile - strided_tiles
-    for n in range(tl.maximum(first_tile, strided_tiles), end_tile):
-        first_token = (n + window_shift) * BLOCK_N
-        keys = first_token + tl.arange(0, BLOCK_N)
-        is_key = (keys >= window_start) & (keys <= position)
-        k, v = load_kv_where(
-            is_key,
-            window_cache,
-            window_table,
-            first_token,
-            window_stride_page,
-            window_stride_slot,
-            PAGE_SLOTS,
-            BLOCK_N,
-            HEAD_SIZE,
-            HEAD_PADDED,
-        )
-        logits = tl.where(is_key[None, :], query_key(queries, k), float("-inf"))
-        acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, scale_log2)
-
-    # A row without keys in this split: result 0, log-sum-exp -inf.
-    has_keys = row_sum > 0
-    row_sum = tl.where(has_keys, row_sum, 1.0)
-    dims = tl.arange(0, HEAD_PADDED)[None, :]
-    partial_rows = (
-        partial
-        + token * partial_stride_token
-        + heads.to(tl.int64) * partial_stride_head
-        + split.to(tl.int64) * partial_stride_split
-    )
-    result = (acc / row_sum[:, None]).to(partial.dtype.element_ty)
-    tl.store(partial_rows[:, None] + dims, result, mask=is_row[:, None] & (dims < HEAD_SIZE))
-    row_lse = tl.where(has_keys, row_max + tl.log2(row_sum), float("-inf"))
-    tl.store(lse + (token * NUM_HEADS + heads) * num_splits + split, row_lse, mask=is_row)
+    return acc, row_max, row_sum
 
 
-@triton.jit(do_not_specialize=["num_splits"])
-def paged_decode_combine_kernel(
-    partial,  # [tokens, num_heads, splits, head_size]
-    lse,  # [tokens, num_heads, splits]
-    out,  # [tokens, num_heads, head_size]
+@triton.jit(do_not_specialize=["num_requests"])
+def paged_decode_fwd_kernel(
+    q,  # [tokens, num_heads, head_size]
+    window_cache,  # [pages, num_kv_heads, page_slots, 2 * head_size]
+    strided_cache,
+    window_table,  # [requests, pages]
+    strided_table,
     query_start_loc,  # [requests + 1]
-    num_splits,
+    seq_lens,  # [requests]
+    kept_residues,  # [num_kv_heads, num_kept]
+    ranks,  # [num_heads]
+    out,  # as q
+    partial,  # [programs, 2, group_size, head_size]: of a KV head begun by an earlier program; by this one
+    lse,  # [programs, 2, group_size], base 2, -inf without keys
+    scale_log2,
+    num_requests,
+    q_stride_token: tl.int64,
+    q_stride_head: tl.int64,
+    window_stride_page: tl.int64,
+    window_stride_head: tl.int64,
+    window_stride_slot: tl.int64,
+    strided_stride_page: tl.int64,
+    strided_stride_head: tl.int64,
+    strided_stride_slot: tl.int64,
+    window_table_stride: tl.int64,
+    strided_table_stride: tl.int64,
     out_stride_token: tl.int64,
     out_stride_head: tl.int64,
-    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
+    PAGE_SLOTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
+    VERT_STRIDE: tl.constexpr,
+    NUM_KEPT: tl.constexpr,
+    KEPT_PADDED: tl.constexpr,
+    REQUESTS_PADDED: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
-    """Program (n, h): the splits of request n's query head h, weighted by their share of the softmax."""
-    request = tl.program_id(0)
-    query_start = tl.load(query_start_loc + request)
-    if tl.load(query_start_loc + request + 1) == query_start:
-        return
-    token = query_start.to(tl.int64)
-    head = tl.program_id(1)
-    splits = tl.arange(0, SPLITS_PADDED)
-    dims = tl.arange(0, HEAD_PADDED)
-    first = (token * NUM_HEADS + head) * num_splits
-    split_lse = tl.load(lse + first + splits, mask=splits < num_splits, other=float("-inf"))
-    weights = tl.exp2(split_lse - tl.max(split_lse, 0))
-    results = tl.load(
-        partial + (first + splits)[:, None] * HEAD_SIZE + dims[None, :],
-        mask=(splits < num_splits)[:, None] & (dims < HEAD_SIZE)[None, :],
-        other=0.0,
+    """Program i: share i of the batch's tiles, one KV head after the other, all its query heads at once."""
+    if USE_PDL:
+        gdc_launch_dependents()
+    ends = request_ends(
+        query_start_loc,
+        seq_lens,
+        num_requests,
+        NUM_KV_HEADS,
+        REQUESTS_PADDED,
+        BLOCK_SIZE,
+        LOCAL_BLOCKS,
+        VERT_STRIDE,
+        NUM_KEPT,
+        BLOCK_N,
     )
-    combined = tl.sum(results * weights[:, None], 0) / tl.sum(weights, 0)
-    out_row = out + token * out_stride_token + head.to(tl.int64) * out_stride_head
-    tl.store(out_row + dims, combined.to(out.dtype.element_ty), mask=dims < HEAD_SIZE)
+    line_length = tl.max(ends, 0)
+    shares = num_shares(line_length, tl.num_programs(0))
+    program = tl.program_id(0)
+    if program >= shares:
+        return
+
+    rows = tl.arange(0, BLOCK_M)
+    is_row = rows < GROUP_SIZE
+    dims = tl.arange(0, HEAD_PADDED)[None, :]
+    is_element = is_row[:, None] & (dims < HEAD_SIZE)
+    place = share_start(program, line_length, shares)
+    end = share_start(program + 1, line_length, shares)
+    while place < end:
+        request = tl.sum((ends <= place).to(tl.int32), 0)
+        request_start = tl.max(tl.where(ends <= place, ends, 0), 0)
+        token = tl.load(query_start_loc + request).to(tl.int64)
+        seq_len = tl.load(seq_lens + request)
+        head_places = places_per_head(seq_len, BLOCK_SIZE, LOCAL_BLOCKS, VERT_STRIDE, NUM_KEPT, BLOCK_N)
+        kv_head = (place - request_start) // head_places
+        first = (place - request_start) % head_places
+        stop = tl.minimum(head_places, first + end - place)
+
+        heads = kv_head * GROUP_SIZE + rows
+        q_rows = q + token * q_stride_token + heads.to(tl.int64) * q_stride_head
+        queries = load_tile_where(q_rows, is_row, HEAD_SIZE, HEAD_PADDED)
+        acc, row_max, row_sum = attend_tiles(
+            queries,
+            tl.load(ranks + heads, mask=is_row, other=0),
+            first,
+            stop,
+            seq_len,
+            window_cache + kv_head.to(tl.int64) * window_stride_head,
+            strided_cache + kv_head.to(tl.int64) * strided_stride_head,
+            window_table + request.to(tl.int64) * window_table_stride,
+            strided_table + request.to(tl.int64) * strided_table_stride,
+            kept_residues + kv_head * NUM_KEPT,
+            window_stride_page,
+            window_stride_slot,
+            strided_stride_page,
+            strided_stride_slot,
+            scale_log2,
+            HEAD_SIZE,
+            HEAD_PADDED,
+            PAGE_SLOTS,
+            BLOCK_SIZE,
+            LOCAL_BLOCKS,
+            VERT_STRIDE,
+            NUM_KEPT,
+            KEPT_PADDED,
+            BLOCK_M,
+            BLOCK_N,
+        )
+        # A row without keys among these tiles: result 0, log-sum-exp -inf.
+        has_keys = row_sum > 0
+        row_sum = tl.where(has_keys, row_sum, 1.0)
+        result = acc / row_sum[:, None]
+        if (first == 0) & (stop == head_places):
+            out_rows = out + token * out_stride_token + heads.to(tl.int64) * out_stride_head
+            tl.store(out_rows[:, None] + dims, result.to(out.dtype.element_ty), mask=is_element)
+        else:
+            partial_rows = (program.to(tl.int64) * 2 + (first == 0)) * GROUP_SIZE + rows
+            tl.store(partial + partial_rows[:, None] * HEAD_SIZE + dims, result, mask=is_element)
+            row_lse = tl.where(has_keys, row_max + tl.log2(row_sum), float("-inf"))
+            tl.store(lse + partial_rows, row_lse, mask=is_row)
+        place += stop - first
 
 
-def decode_config(head_padded: int, page_slots: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile shape and launch options. Tiles of keys stay within a page, and may span blocks."""
+def decode_config(head_padded: int, block_size: int, num_kept: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile shape, launch options and programs per multiprocessor. Tiles of keys stay within a block."""
     if dtype == torch.float32:  # multiplied without tensor cores: small tiles, or registers spill
-        widest, num_stages = MIN_DOT_SIZE, 2
+        defaults = {"BLOCK_N": MIN_DOT_SIZE, "num_warps": 4, "num_stages": 4}
     else:
-        widest, num_stages = 64, 5
-    block_n = min(largest_power_of_two_divisor(page_slots), widest)
-    return {"BLOCK_N": block_n, "num_warps": 4, "num_stages": num_stages}
-
-
-def choose_num_splits(programs: int, device: torch.device) -> int:
-    """Splits that give every multiprocessor a few programs, when there are `programs` without any."""
-    return max(1, min(MAX_SPLITS, PROGRAMS_PER_PROCESSOR * _num_multiprocessors(device) // programs))
+        defaults = {"BLOCK_N": 64 if head_padded <= 128 else 32, "num_warps": 4, "num_stages": 3}
+    defaults["programs_per_processor"] = 2
+    config = launch_config("decode", shape_key(head_padded, dtype, kept=num_kept), defaults)
+    return config | {"BLOCK_N": min(block_size, config["BLOCK_N"])}
 
 
 @lru_cache
@@ -227,14 +280,12 @@ def _num_multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _most_tiles(
-    window_table: torch.Tensor, strided_table: torch.Tensor, layout: TierLayout, block_n: int
-) -> int:
-    """No query has more tiles of keys than this, whatever its length."""
-    window_slots = window_table.shape[1] * layout.page_slots
-    strided_slots = strided_table.shape[1] * layout.page_slots
-    window_tokens = min(window_slots, layout.pattern.window_tokens + block_n)
-    return max(1, (window_tokens + strided_slots) // block_n)
+@lru_cache
+def _has_pdl(device: torch.device) -> bool:
+    """Whether a kernel can be started before the one it depends on ends (programmatic dependent launch)."""
+    if device.type != "cuda" or torch.version.hip is not None or triton.knobs.runtime.interpret:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def paged_decode(
@@ -248,7 +299,7 @@ def paged_decode(
     pattern: S2Pattern,
     scale: float,
     out: torch.Tensor,
-    num_splits: int | None = None,
+    num_programs: int | None = None,
 ) -> None:
     """S2-Attention of a batch of requests with one query each, or none.
 
@@ -267,8 +318,7 @@ def paged_decode(
         pattern: the pattern of these heads.
         scale: factor on the logits, positive.
         out: as q; rows of tokens that belong to no request are left as they are.
-        num_splits: programs that share the keys of a request and KV head; by default enough to fill the
-            device. At most MAX_SPLITS, and no more than there can be tiles of keys.
+        num_programs: programs that share the keys of the batch; by default enough to fill the device.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or value; the message names it.
@@ -285,26 +335,35 @@ def paged_decode(
         scale,
         out,
     )
-    if num_splits is not None and num_splits < 1:
-        raise ValueError(f"num_splits: {num_splits}, expected a positive integer")
-    num_tokens, num_heads, head_size = q.shape
+    if num_programs is not None and num_programs < 1:
+        raise ValueError(f"num_programs: {num_programs}, expected a positive integer")
+    head_size = q.shape[2]
     num_requests = seq_lens.shape[0]
-    if num_tokens == 0 or num_requests == 0:
+    if q.shape[0] == 0 or num_requests == 0:
         return
     head_padded = max(MIN_DOT_SIZE, triton.next_power_of_2(head_size))
-    config = decode_config(head_padded, layout.page_slots, q.dtype)
-    if num_splits is None:
-        num_splits = choose_num_splits(num_requests * pattern.num_kv_heads, q.device)
-    most_tiles = _most_tiles(window_table, strided_table, layout, config["BLOCK_N"])
-    num_splits = min(num_splits, MAX_SPLITS, most_tiles)
+    config = decode_config(head_padded, pattern.block_size, pattern.num_kept, q.dtype)
+    programs_per_processor = config.pop("programs_per_processor")
+    if num_programs is None:
+        num_programs = programs_per_processor * _num_multiprocessors(q.device)
 
-    lse = torch.empty(num_tokens, num_heads, num_splits, dtype=torch.float32, device=q.device)
-    if num_splits == 1:
-        partial = out[:, :, None]
-    else:
-        partial = torch.empty(*lse.shape, head_size, dtype=torch.float32, device=q.device)
+    lse = torch.empty(num_programs, 2, pattern.group_size, dtype=torch.float32, device=q.device)
+    partial = torch.empty(*lse.shape, head_size, dtype=torch.float32, device=q.device)
     tables = head_tables(pattern, q.device)
-    paged_decode_fwd_kernel[(num_requests, pattern.num_kv_heads, num_splits)](
+    schedule = {
+        "NUM_KV_HEADS": pattern.num_kv_heads,
+        "GROUP_SIZE": pattern.group_size,
+        "HEAD_SIZE": head_size,
+        "HEAD_PADDED": head_padded,
+        "BLOCK_SIZE": pattern.block_size,
+        "LOCAL_BLOCKS": pattern.local_blocks,
+        "VERT_STRIDE": pattern.vert_stride,
+        "NUM_KEPT": pattern.num_kept,
+        "REQUESTS_PADDED": max(MIN_REQUESTS_PADDED, triton.next_power_of_2(num_requests)),
+        "BLOCK_N": config.pop("BLOCK_N"),
+        "USE_PDL": _has_pdl(q.device),
+    }
+    paged_decode_fwd_kernel[(num_programs,)](
         q,
         window_cache,
         strided_cache,
@@ -314,40 +373,24 @@ def paged_decode(
         seq_lens,
         tables.kept,
         tables.rank,
+        out,
         partial,
         lse,
         scale * LOG2_E,
-        num_splits,
+        num_requests,
         *q.stride()[:2],
         *window_cache.stride()[:3],
         *strided_cache.stride()[:3],
         window_table.stride(0),
         strided_table.stride(0),
-        *partial.stride()[:3],
-        NUM_HEADS=num_heads,
-        GROUP_SIZE=pattern.group_size,
-        HEAD_SIZE=head_size,
-        HEAD_PADDED=head_padded,
+        *out.stride()[:2],
         PAGE_SLOTS=layout.page_slots,
-        BLOCK_SIZE=pattern.block_size,
-        LOCAL_BLOCKS=pattern.local_blocks,
-        VERT_STRIDE=pattern.vert_stride,
-        NUM_KEPT=pattern.num_kept,
         KEPT_PADDED=triton.next_power_of_2(pattern.num_kept),
         BLOCK_M=max(MIN_DOT_SIZE, triton.next_power_of_2(pattern.group_size)),
+        **schedule,
         **config,
     )
-    if num_splits > 1:
-        paged_decode_combine_kernel[(num_requests, num_heads)](
-            partial,
-            lse,
-            out,
-            query_start_loc,
-            num_splits,
-            *out.stride()[:2],
-            NUM_HEADS=num_heads,
-            HEAD_SIZE=head_size,
-            HEAD_PADDED=head_padded,
-            SPLITS_PADDED=triton.next_power_of_2(num_splits),
-            num_warps=4 if head_padded <= 128 else 8,
+    if num_programs > 1:
+        combine_partial_results(
+            partial, lse, out, query_start_loc, seq_lens, num_requests * pattern.num_kv_heads, schedule
         )

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from s2_kernels import hopper
+from s2_kernels.configs import launch_config, shape_key
 from s2_kernels.layout import head_tables
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.tiles import (
@@ -39,6 +41,19 @@ def request_of_tile(query_start_loc, tile, num_requests, BLOCK_M: tl.constexpr):
         low = tl.where(starts_before, middle, low)
         high = tl.where(starts_before, high, middle)
     return low
+
+
+@triton.jit
+def strided_token(n, rank, BLOCK_SIZE: tl.constexpr, NUM_KEPT: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The strided tier's token that tile n of the blocks of one kept residue starts with."""
+    TILES: tl.constexpr = BLOCK_SIZE // BLOCK_N
+    return (n // TILES * NUM_KEPT + rank) * BLOCK_SIZE + n % TILES * BLOCK_N
+
+
+@triton.jit
+def edge_token(n, num_old, old_first, causal_first, BLOCK_N: tl.constexpr):
+    """The token that tile n of the window's edges starts with: first the old edge, then the causal one."""
+    return tl.where(n < num_old, old_first + n, causal_first + n - num_old) * BLOCK_N
 
 
 @triton.jit(do_not_specialize=["num_requests"])
@@ -111,17 +126,22 @@ def paged_prefill_fwd_kernel(
     row_max = tl.full((BLOCK_M,), -1e30, tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
 
+    # Everywhere below, a tile's page is loaded a step ahead: a load that the step's own addresses waited for
+    # would take pipeline stages of its own.
+
     # Strided blocks older than the window: of all rows, then of the last rows only.
     residue = tl.load(residues + head)
     rank = tl.load(ranks + head)
     TILES: tl.constexpr = BLOCK_SIZE // BLOCK_N
-    num_all = tl.maximum(first_block - LOCAL_BLOCKS - residue + VERT_STRIDE, 0) // VERT_STRIDE
-    num_any = tl.maximum(last_block - LOCAL_BLOCKS - residue + VERT_STRIDE, 0) // VERT_STRIDE
-    for n in range(0, num_all * TILES):
-        first_token = (n // TILES * NUM_KEPT + rank) * BLOCK_SIZE + n % TILES * BLOCK_N
+    tiles_all = tl.maximum(first_block - LOCAL_BLOCKS - residue + VERT_STRIDE, 0) // VERT_STRIDE * TILES
+    tiles_any = tl.maximum(last_block - LOCAL_BLOCKS - residue + VERT_STRIDE, 0) // VERT_STRIDE * TILES
+    first_token = strided_token(0, rank, BLOCK_SIZE, NUM_KEPT, BLOCK_N)
+    page = tl.load(strided_table + first_token // PAGE_SLOTS, mask=tiles_any > 0, other=0)
+    for n in range(0, tiles_all):
+        first_token = strided_token(n, rank, BLOCK_SIZE, NUM_KEPT, BLOCK_N)
         k, v = load_kv(
             strided_cache,
-            strided_table,
+            page,
             first_token,
             strided_stride_page,
             strided_stride_slot,
@@ -130,13 +150,15 @@ def paged_prefill_fwd_kernel(
             HEAD_SIZE,
             HEAD_PADDED,
         )
+        next_token = strided_token(tl.minimum(n + 1, tiles_any - 1), rank, BLOCK_SIZE, NUM_KEPT, BLOCK_N)
+        page = tl.load(strided_table + next_token // PAGE_SLOTS)
         logits = query_key(queries, k)
         acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, scale_log2)
-    for n in range(num_all * TILES, num_any * TILES):
-        first_token = (n // TILES * NUM_KEPT + rank) * BLOCK_SIZE + n % TILES * BLOCK_N
+    for n in range(tiles_all, tiles_any):
+        first_token = strided_token(n, rank, BLOCK_SIZE, NUM_KEPT, BLOCK_N)
         k, v = load_kv(
             strided_cache,
-            strided_table,
+            page,
             first_token,
             strided_stride_page,
             strided_stride_slot,
@@ -145,6 +167,8 @@ def paged_prefill_fwd_kernel(
             HEAD_SIZE,
             HEAD_PADDED,
         )
+        next_token = strided_token(tl.minimum(n + 1, tiles_any - 1), rank, BLOCK_SIZE, NUM_KEPT, BLOCK_N)
+        page = tl.load(strided_table + next_token // PAGE_SLOTS)
         block_start = (n // TILES * VERT_STRIDE + residue) * BLOCK_SIZE
         is_older = block_start < window_starts
         logits = tl.where(is_older[:, None], query_key(queries, k), float("-inf"))
@@ -153,31 +177,14 @@ def paged_prefill_fwd_kernel(
     # The part of the window that every row sees, then its old and its causal edge.
     window_first = tl.maximum(first_block - LOCAL_BLOCKS + 1, 0)
     shared_first = tl.maximum(last_block - LOCAL_BLOCKS + 1, 0)
-    for n in range(shared_first * TILES, first_block * TILES):
+    shared_end = first_block * TILES
+    first_token = shared_first * BLOCK_SIZE
+    page = tl.load(window_table + first_token // PAGE_SLOTS, mask=shared_first < first_block, other=0)
+    for n in range(shared_first * TILES, shared_end):
+        first_token = n * BLOCK_N
         k, v = load_kv(
             window_cache,
-            window_table,
-            n * BLOCK_N,
-            window_stride_page,
-            window_stride_slot,
-            PAGE_SLOTS,
-            BLOCK_N,
-            HEAD_SIZE,
-            HEAD_PADDED,
-        )
-        logits = query_key(queries, k)
-        acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, scale_log2)
-    num_old = (shared_first - window_first) * TILES
-    causal_first = tl.maximum(first_block, shared_first) * TILES
-    num_causal = last_position // BLOCK_N + 1 - causal_first
-    for n in range(0, num_old + num_causal):
-        first_token = tl.where(n < num_old, window_first * TILES + n, causal_first + n - num_old) * BLOCK_N
-        keys = first_token + tl.arange(0, BLOCK_N)
-        is_written = keys <= last_position
-        k, v = load_kv_where(
-            is_written,
-            window_cache,
-            window_table,
+            page,
             first_token,
             window_stride_page,
             window_stride_slot,
@@ -186,6 +193,33 @@ def paged_prefill_fwd_kernel(
             HEAD_SIZE,
             HEAD_PADDED,
         )
+        page = tl.load(window_table + tl.minimum(n + 1, shared_end - 1) * BLOCK_N // PAGE_SLOTS)
+        logits = query_key(queries, k)
+        acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, scale_log2)
+    old_first = window_first * TILES
+    num_old = shared_first * TILES - old_first
+    causal_first = tl.maximum(first_block, shared_first) * TILES
+    num_edge = num_old + last_position // BLOCK_N + 1 - causal_first
+    first_token = edge_token(0, num_old, old_first, causal_first, BLOCK_N)
+    page = tl.load(window_table + first_token // PAGE_SLOTS)
+    for n in range(0, num_edge):
+        first_token = edge_token(n, num_old, old_first, causal_first, BLOCK_N)
+        keys = first_token + tl.arange(0, BLOCK_N)
+        is_written = keys <= last_position
+        k, v = load_kv_where(
+            is_written,
+            window_cache,
+            page,
+            first_token,
+            window_stride_page,
+            window_stride_slot,
+            PAGE_SLOTS,
+            BLOCK_N,
+            HEAD_SIZE,
+            HEAD_PADDED,
+        )
+        next_token = edge_token(tl.minimum(n + 1, num_edge - 1), num_old, old_first, causal_first, BLOCK_N)
+        page = tl.load(window_table + next_token // PAGE_SLOTS)
         visible = (keys[None, :] >= window_starts[:, None]) & (keys[None, :] <= positions[:, None])
         logits = tl.where(visible, query_key(queries, k), float("-inf"))
         acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, scale_log2)
@@ -199,11 +233,14 @@ def paged_prefill_fwd_kernel(
 def prefill_config(head_padded: int, block_size: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile shapes and launch options. Tiles of keys stay within a block."""
     if dtype == torch.float32:  # multiplied without tensor cores: small tiles, or registers spill
-        return {"BLOCK_M": 32, "BLOCK_N": MIN_DOT_SIZE, "num_warps": 8, "num_stages": 2}
-    if head_padded > 128:
-        return {"BLOCK_M": 64, "BLOCK_N": min(block_size, 64), "num_warps": 8, "num_stages": 2}
-    num_warps = 8 if head_padded == 128 else 4
-    return {"BLOCK_M": 128, "BLOCK_N": min(block_size, 64), "num_warps": num_warps, "num_stages": 5}
+        defaults = {"BLOCK_M": 32, "BLOCK_N": MIN_DOT_SIZE, "num_warps": 8, "num_stages": 2}
+    elif head_padded > 128:
+        defaults = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    else:
+        num_warps = 8 if head_padded == 128 else 4
+        defaults = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": num_warps, "num_stages": 3}
+    config = launch_config("prefill", shape_key(head_padded, dtype), defaults)
+    return config | {"BLOCK_N": min(block_size, config["BLOCK_N"])}
 
 
 def paged_prefill(
@@ -217,6 +254,8 @@ def paged_prefill(
     pattern: S2Pattern,
     scale: float,
     out: torch.Tensor,
+    *,
+    max_seq_len: int | None = None,
 ) -> None:
     """S2-Attention of a batch of requests with any number of queries each.
 
@@ -233,6 +272,8 @@ def paged_prefill(
         pattern: the pattern of these heads.
         scale: factor on the logits, positive.
         out: as q; rows of tokens that belong to no request are left as they are.
+        max_seq_len: the longest sequence, or a bound, where the host knows one. It decides the order of the
+            work, never the result.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or value; the message names it.
@@ -252,6 +293,23 @@ def paged_prefill(
     num_tokens, num_heads, head_size = q.shape
     num_requests = seq_lens.shape[0]
     if num_tokens == 0 or num_requests == 0:
+        return
+    if hopper.supports(pattern, q, window_cache, strided_cache):
+        from s2_kernels.hopper.prefill import paged_prefill_fwd
+
+        paged_prefill_fwd(
+            q,
+            window_cache,
+            strided_cache,
+            window_table,
+            strided_table,
+            query_start_loc,
+            seq_lens,
+            pattern,
+            scale,
+            out,
+            max_seq_len,
+        )
         return
     head_padded = max(MIN_DOT_SIZE, triton.next_power_of_2(head_size))
     config = prefill_config(head_padded, pattern.block_size, q.dtype)

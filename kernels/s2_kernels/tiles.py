@@ -107,25 +107,19 @@ def check_contiguous_last_dim(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(f"{name}: strides {tensor.stride()}, expected a contiguous last dimension")
 
 
-def largest_power_of_two_divisor(value: int) -> int:
-    """The largest power of two that divides `value`."""
-    return value & -value
-
-
 @triton.jit
 def token_rows(
     cache,  # first page's K of one KV head
-    table,  # a request's row of the block table
+    page,
     first_token,
     stride_page,
     stride_slot,
     PAGE_SLOTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Pointers [BLOCK_N] to K of consecutive tokens of a tier, which must lie in one page."""
-    page = tl.load(table + first_token // PAGE_SLOTS).to(tl.int64)
+    """Pointers [BLOCK_N] to K of consecutive tokens of a tier, which must all lie in `page`."""
     slots = first_token % PAGE_SLOTS + tl.arange(0, BLOCK_N)
-    return cache + page * stride_page + slots.to(tl.int64) * stride_slot
+    return cache + page.to(tl.int64) * stride_page + slots.to(tl.int64) * stride_slot
 
 
 @triton.jit
@@ -155,7 +149,7 @@ def load_tile_where(rows, keep, HEAD_SIZE: tl.constexpr, HEAD_PADDED: tl.constex
 @triton.jit
 def load_kv(
     cache,  # first page of one KV head
-    table,  # a request's row of the block table
+    page,
     first_token,
     stride_page,
     stride_slot,
@@ -164,8 +158,8 @@ def load_kv(
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
 ):
-    """K and V, [BLOCK_N, HEAD_PADDED] each, of consecutive tokens of a tier, which must lie in one page."""
-    rows = token_rows(cache, table, first_token, stride_page, stride_slot, PAGE_SLOTS, BLOCK_N)
+    """K and V, [BLOCK_N, HEAD_PADDED] each, of consecutive tokens of a tier, all in `page`."""
+    rows = token_rows(cache, page, first_token, stride_page, stride_slot, PAGE_SLOTS, BLOCK_N)
     k = load_tile(rows, HEAD_SIZE, HEAD_PADDED)
     v = load_tile(rows + HEAD_SIZE, HEAD_SIZE, HEAD_PADDED)
     return k, v
@@ -175,7 +169,7 @@ def load_kv(
 def load_kv_where(
     keep,
     cache,
-    table,
+    page,
     first_token,
     stride_page,
     stride_slot,
@@ -185,7 +179,7 @@ def load_kv_where(
     HEAD_PADDED: tl.constexpr,
 ):
     """As `load_kv`, with zeros (and no access) where `keep` [BLOCK_N] is false."""
-    rows = token_rows(cache, table, first_token, stride_page, stride_slot, PAGE_SLOTS, BLOCK_N)
+    rows = token_rows(cache, page, first_token, stride_page, stride_slot, PAGE_SLOTS, BLOCK_N)
     k = load_tile_where(rows, keep, HEAD_SIZE, HEAD_PADDED)
     v = load_tile_where(rows + HEAD_SIZE, keep, HEAD_SIZE, HEAD_PADDED)
     return k, v

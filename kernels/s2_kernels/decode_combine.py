@@ -1,0 +1,135 @@
+"""The second step of decode: one result of what several programs found for the keys of a KV head."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from s2_kernels.decode_schedule import num_shares, places_per_head, request_ends, share_of_place
+from s2_kernels.tiles import load_tile_where
+
+MIN_CHUNK, MAX_CHUNK = 16, 64
+ELEMENTS_PER_WARP = 2048
+"""Of the partial results that are read at once: 64 registers of a thread."""
+
+
+@triton.jit(do_not_specialize=["num_requests", "num_programs"])
+def paged_decode_combine_kernel(
+    partial,  # [programs, 2, group_size, head_size]
+    lse,  # [programs, 2, group_size]
+    out,  # [tokens, num_heads, head_size]
+    query_start_loc,  # [requests + 1]
+    seq_lens,  # [requests]
+    num_requests,
+    num_programs,
+    out_stride_token: tl.int64,
+    out_stride_head: tl.int64,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
+    VERT_STRIDE: tl.constexpr,
+    NUM_KEPT: tl.constexpr,
+    REQUESTS_PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """Program (n, h): what several programs found for request n's query head h, by their softmax weights."""
+    ends = request_ends(
+        query_start_loc,
+        seq_lens,
+        num_requests,
+        NUM_KV_HEADS,
+        REQUESTS_PADDED,
+        BLOCK_SIZE,
+        LOCAL_BLOCKS,
+        VERT_STRIDE,
+        NUM_KEPT,
+        BLOCK_N,
+    )
+    request = tl.program_id(0)
+    head = tl.program_id(1)
+    token = tl.load(query_start_loc + request)
+    has_query = tl.load(query_start_loc + request + 1) > token
+    seq_len = tl.load(seq_lens + request)
+    # Every program waits, even one with nothing to do: what follows this kernel relies on the first one too.
+    # The lengths, read above, were there before the first one started.
+    if USE_PDL:
+        gdc_wait()
+    if not has_query:
+        return
+
+    line_length = tl.max(ends, 0)
+    shares = num_shares(line_length, num_programs)
+    head_places = places_per_head(seq_len, BLOCK_SIZE, LOCAL_BLOCKS, VERT_STRIDE, NUM_KEPT, BLOCK_N)
+    request_start = tl.max(tl.where(tl.arange(0, REQUESTS_PADDED) < request, ends, 0), 0)
+    place = request_start + head // GROUP_SIZE * head_places
+    first = share_of_place(place, line_length, shares)
+    last = share_of_place(place + head_places - 1, line_length, shares)
+    if first == last:
+        return
+
+    dims = tl.arange(0, HEAD_PADDED)
+    acc = tl.zeros((HEAD_PADDED,), tl.float32)
+    max_lse = tl.full((), -1e30, tl.float32)
+    total_weight = tl.zeros((), tl.float32)
+    for chunk in range(first, last + 1, CHUNK):
+        programs = chunk + tl.arange(0, CHUNK)
+        is_program = programs <= last
+        rows = (programs.to(tl.int64) * 2 + (programs == first)) * GROUP_SIZE + head % GROUP_SIZE
+        row_lse = tl.load(lse + rows, mask=is_program, other=float("-inf"))
+        results = load_tile_where(partial + rows * HEAD_SIZE, is_program, HEAD_SIZE, HEAD_PADDED)
+        new_max = tl.maximum(max_lse, tl.max(row_lse, 0))
+        weights = tl.exp2(row_lse - new_max)
+        decay = tl.exp2(max_lse - new_max)
+        acc = acc * decay + tl.sum(results * weights[:, None], 0)
+        total_weight = total_weight * decay + tl.sum(weights, 0)
+        max_lse = new_max
+    out_row = out + token.to(tl.int64) * out_stride_token + head.to(tl.int64) * out_stride_head
+    tl.store(out_row + dims, (acc / total_weight).to(out.dtype.element_ty), mask=dims < HEAD_SIZE)
+
+
+def chunk_size(num_programs: int, num_parts: int) -> int:
+    """Partial results to read at once, a power of two: all of a KV head's if all parts are of one length."""
+    programs_per_part = triton.cdiv(num_programs, num_parts) + 1
+    return min(MAX_CHUNK, max(MIN_CHUNK, triton.next_power_of_2(programs_per_part)))
+
+
+def combine_partial_results(
+    partial: torch.Tensor,
+    lse: torch.Tensor,
+    out: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    num_parts: int,
+    schedule: dict[str, int],
+) -> None:
+    """Fill the rows of `out` that the first kernel has left to this one.
+
+    Args:
+        partial, lse, out, query_start_loc, seq_lens: as the kernel documents them.
+        num_parts: KV heads of all requests.
+        schedule: compile-time constants of the first kernel, which must be the same here.
+    """
+    num_programs = partial.shape[0]
+    num_requests = seq_lens.shape[0]
+    chunk = chunk_size(num_programs, num_parts)
+    paged_decode_combine_kernel[(num_requests, out.shape[1])](
+        partial,
+        lse,
+        out,
+        query_start_loc,
+        seq_lens,
+        num_requests,
+        num_programs,
+        *out.stride()[:2],
+        CHUNK=chunk,
+        num_warps=max(1, chunk * schedule["HEAD_PADDED"] // ELEMENTS_PER_WARP),
+        **schedule,
+        **({"launch_pdl": True} if schedule["USE_PDL"] else {}),
+    )
