@@ -1,0 +1,304 @@
+"""S2-Attention over contiguous keys and values, without an engine: for training code and research.
+
+On a GPU the Triton kernel of `s2_kernels.block_sparse` runs, or for a served pattern on a Hopper GPU the one
+of `s2_kernels.hopper`. Tensors on the CPU take plain PyTorch, a right
+answer for small sizes, not a fast one; under Triton's interpreter they take the kernel as well.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+
+import torch
+
+from s2_kernels import hopper
+from s2_kernels.masks import BlockMask, pattern_block_mask
+from s2_kernels.pattern import S2Pattern
+from s2_kernels.sequences import Span, batch_spans, packed_spans
+
+_CPU_QUERIES = 256
+"""Queries whose logits the CPU path holds at a time."""
+
+
+def s2_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: S2Pattern | BlockMask,
+    *,
+    scale: float | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Sparsely-Sharded attention (arXiv 2407.17678, section 3), causal, forward only.
+
+    The queries of a sequence are its last tokens: with fewer queries than keys the rest is a past. A query
+    whose set is empty, as an arbitrary mask can have it, gets zeros.
+
+    Args:
+        q: [batch, queries, num_heads, head_size], or packed: [tokens, num_heads, head_size].
+        k, v: [batch, keys, num_kv_heads, head_size], or [keys, num_kv_heads, head_size]; query head h reads
+            KV head h // (num_heads // num_kv_heads). Any strides but a contiguous last dimension.
+        pattern: who attends to what. A block mask has 1, num_kv_heads or num_heads heads.
+        scale: factor on the logits, positive; None for head_size ** -0.5.
+        cu_seqlens_q: for packed inputs, [sequences + 1]: where each sequence's queries start, and the total.
+            Best on the CPU, where reading it costs no wait for the GPU.
+        cu_seqlens_k: the same for keys; None when every token is also a query.
+        return_lse: whether to return the log-sum-exp as well.
+
+    Returns:
+        As q, in q's dtype. With `return_lse` also the natural logarithm of the sum of the exponentials of
+        the scaled logits, -inf for an empty set: float32 [batch, num_heads, queries], or [num_heads, tokens].
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype or value; the message names it.
+        NotImplementedError: an input needs a gradient.
+    """
+    is_packed = q.dim() == 3
+    if is_packed:
+        if cu_seqlens_q is None:
+            raise ValueError("cu_seqlens_q: None, expected where each sequence of the packed q starts")
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        spans = packed_spans(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
+        q, k, v = q[None], k[None], v[None]
+    else:
+        if cu_seqlens_q is not None or cu_seqlens_k is not None:
+            raise ValueError(
+                f"q: shape {tuple(q.shape)}, expected [tokens, heads, head_size] with cu_seqlens"
+            )
+        check_shapes(q, k, v)
+        spans = batch_spans(q.shape[0], q.shape[1], k.shape[1])
+    out, lse = attend(q, k, v, pattern, spans, scale=scale, return_lse=return_lse)
+    if is_packed:
+        out, lse = out[0], None if lse is None else lse[0]
+    return out if lse is None else (out, lse)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: S2Pattern | BlockMask,
+    spans: tuple[Span, ...],
+    *,
+    scale: float | None = None,
+    out: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention of the sequences at `spans`: what every call of this library comes down to.
+
+    Args:
+        q: [batch, queries, num_heads, head_size].
+        k, v: [batch, keys, num_kv_heads, head_size].
+        pattern: who attends to what. A block mask has 1, num_kv_heads or num_heads heads.
+        spans: the sequences; tokens that belong to none are neither read nor written.
+        scale: factor on the logits, positive; None for head_size ** -0.5.
+        out: as q, written in place; None for a new tensor.
+        return_lse: whether to compute the log-sum-exp.
+
+    Returns:
+        out, and the log-sum-exp, float32 [batch, num_heads, queries] (-inf for tokens of no sequence), or
+        None.
+
+    Raises:
+        ValueError: an argument has a wrong shape, dtype or value; the message names it.
+        NotImplementedError: an input needs a gradient.
+    """
+    check_shapes(q, k, v)
+    _check_no_gradient(q, k, v)
+    _check_pattern(pattern, q.shape[2], k.shape[2], _longest(spans))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"scale: {scale}, expected a positive number")
+    if out is None:
+        out = torch.empty_like(q)
+    elif out.shape != q.shape or out.dtype != q.dtype:
+        raise ValueError(f"out: {out.dtype} {tuple(out.shape)}, expected {q.dtype} {tuple(q.shape)} as q")
+    lse = None
+    if return_lse:
+        lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=torch.float32)
+    _run_kernel(q, k, v, pattern, spans, scale, out, lse)
+    return out, lse
+
+
+def _run_kernel(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: S2Pattern | BlockMask,
+    spans: tuple[Span, ...],
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """Write `out` and `lse`. The one place that chooses a kernel."""
+    if isinstance(pattern, S2Pattern) and _fits_hopper(q, k, v, out, pattern, spans):
+        _attend_on_hopper(q, k, v, pattern, spans, scale, out, lse)
+        return
+    mask = pattern if isinstance(pattern, BlockMask) else pattern_block_mask(pattern, _longest(spans))
+    if q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        _attend_on_cpu(q, k, v, mask, spans, scale, out, lse)
+    else:
+        from s2_kernels.block_sparse import block_sparse_fwd
+
+        block_sparse_fwd(q, k, v, mask, spans, scale, out, lse)
+
+
+def _fits_hopper(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    pattern: S2Pattern,
+    spans: tuple[Span, ...],
+) -> bool:
+    """Whether the Hopper kernel takes this: sequences one after the other in q, and rows of tokens."""
+    ends = [span.batch * q.shape[1] + span.query_start + span.num_queries for span in spans]
+    starts = [end - span.num_queries for end, span in zip(ends, spans, strict=True)]
+    return (
+        q.numel() > 0
+        and [*starts, q.shape[0] * q.shape[1]] == [0, *ends]
+        and out.stride(-1) == 1
+        and all(x.stride(0) == x.shape[1] * x.stride(1) or x.shape[0] == 1 for x in (q, k, v, out))
+        and hopper.supports(pattern, q[0], k[0], v[0])
+    )
+
+
+def _attend_on_hopper(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: S2Pattern,
+    spans: tuple[Span, ...],
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    from s2_kernels.hopper.prefill import contiguous_prefill_fwd
+
+    query_start_loc, key_start_loc, seq_lens = _packed_lengths(spans, q.shape[1], k.shape[1], q.device)
+    row_lse = None if lse is None else lse.new_empty(q.shape[0] * q.shape[1], q.shape[2])
+    contiguous_prefill_fwd(
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        query_start_loc,
+        key_start_loc,
+        seq_lens,
+        pattern,
+        scale,
+        out.flatten(0, 1),
+        row_lse,
+    )
+    if lse is not None and row_lse is not None:
+        lse.copy_(row_lse.unflatten(0, q.shape[:2]).transpose(1, 2))
+
+
+@lru_cache(maxsize=64)
+def _packed_lengths(
+    spans: tuple[Span, ...], num_queries: int, num_keys: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(query_start_loc, key_start_loc, seq_lens) of the sequences in flattened tensors."""
+    query_starts = [span.batch * num_queries + span.query_start for span in spans]
+    key_starts = [span.batch * num_keys + span.key_start for span in spans]
+    columns = (
+        [*query_starts, query_starts[-1] + spans[-1].num_queries],
+        [*key_starts, key_starts[-1] + spans[-1].num_keys],
+        [span.num_keys for span in spans],
+    )
+    query_start_loc, key_start_loc, seq_lens = (
+        torch.tensor(column, dtype=torch.int32, device=device) for column in columns
+    )
+    return query_start_loc, key_start_loc, seq_lens
+
+
+def _attend_on_cpu(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: BlockMask,
+    spans: tuple[Span, ...],
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """As `block_sparse_fwd`, with every logit computed and the mask spelt out token by token."""
+    group, mask_group = q.shape[2] // k.shape[2], q.shape[2] // mask.num_heads
+    for span in spans:
+        of_sequence = slice(span.key_start, span.key_start + span.num_keys)
+        keys, values = (x[span.batch, of_sequence].float().repeat_interleave(group, dim=1) for x in (k, v))
+        blocks = mask.to_dense(-(-span.num_keys // mask.block_size)).repeat_interleave(mask_group, dim=0)
+        key_positions = torch.arange(span.num_keys)
+        for rows, positions in zip(
+            torch.arange(span.query_start, span.query_start + span.num_queries).split(_CPU_QUERIES),
+            key_positions[span.num_keys - span.num_queries :].split(_CPU_QUERIES),
+            strict=True,
+        ):
+            visible = blocks[:, positions[:, None] // mask.block_size, key_positions // mask.block_size]
+            visible = visible & (key_positions <= positions[:, None])
+            logits = torch.einsum("qhd,khd->hqk", q[span.batch, rows].float() * scale, keys)
+            logits = logits.masked_fill(~visible, float("-inf"))
+            row_lse = logits.logsumexp(dim=2)
+            # A row without keys: exp(-inf - 0) is the zero it is to get.
+            weights = (logits - row_lse.nan_to_num(neginf=0.0)[..., None]).exp()
+            out[span.batch, rows] = torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
+            if lse is not None:
+                lse[span.batch, :, rows] = row_lse
+
+
+def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise ValueError unless these are [batch, tokens, heads, head_size] of one attention call."""
+    if q.dim() != 4:
+        raise ValueError(f"q: shape {tuple(q.shape)}, expected [batch, queries, heads, head_size]")
+    if k.dim() != 4 or (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
+        raise ValueError(
+            f"k: shape {tuple(k.shape)}, expected [{q.shape[0]}, keys, KV heads, {q.shape[3]}] for q's shape "
+            f"{tuple(q.shape)}"
+        )
+    if k.shape[2] < 1 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"k: {k.shape[2]} heads, expected a divisor of q's {q.shape[2]}")
+    if v.shape != k.shape:
+        raise ValueError(f"v: shape {tuple(v.shape)}, expected {tuple(k.shape)} as k")
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype or tensor.device != q.device:
+            raise ValueError(
+                f"{name}: {tensor.dtype} on {tensor.device}, expected {q.dtype} on {q.device} as q"
+            )
+
+
+def _longest(spans: tuple[Span, ...]) -> int:
+    return max((span.num_keys for span in spans), default=0)
+
+
+def _check_no_gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise NotImplementedError when autograd would expect a gradient that nothing here computes."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise NotImplementedError(
+                f"{name}: requires a gradient, and this attention is forward only; call it under "
+                "torch.no_grad(), or detach its inputs"
+            )
+
+
+def _check_pattern(
+    pattern: S2Pattern | BlockMask, num_heads: int, num_kv_heads: int, num_tokens: int
+) -> None:
+    """Raise ValueError unless the pattern is for these heads, and for sequences of `num_tokens` tokens."""
+    if isinstance(pattern, S2Pattern):
+        if (pattern.num_heads, pattern.num_kv_heads) != (num_heads, num_kv_heads):
+            raise ValueError(
+                f"pattern: of {pattern.num_heads} query and {pattern.num_kv_heads} KV heads, expected "
+                f"{num_heads} and {num_kv_heads} as in q and k"
+            )
+        return
+    if pattern.num_heads not in (1, num_kv_heads, num_heads):
+        raise ValueError(
+            f"mask: {pattern.num_heads} heads, expected 1, {num_kv_heads} (KV heads) or {num_heads} "
+            "(query heads)"
+        )
+    if num_tokens > pattern.max_tokens:
+        raise ValueError(
+            f"mask: covers {pattern.max_tokens} tokens, expected at least {num_tokens}, as k has"
+        )

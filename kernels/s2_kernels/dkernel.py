@@ -1,0 +1,378 @@
+"""DKernel's modules on these kernels: its constructor arguments and its call, after a changed import.
+
+    from s2_kernels.dkernel import LocalStrideSparseAttention, SparseAttention
+
+The interface is that of github.com/linxihui/dkernel, as its README and dkernel/interface.py describe it.
+What differs: forward only, causal only, mistakes raise ValueError, a past may be of any length under any
+number of queries, and the log-sum-exp is returned for packed and padded inputs too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+
+from s2_kernels.attention import attend, check_shapes
+from s2_kernels.masks import BlockMask, dense_heads
+from s2_kernels.pattern import S2Pattern
+from s2_kernels.sequences import Span, batch_spans, packed_spans
+
+_MIN_BLOCK_SIZE = 16
+_MIN_SEQ_MULTIPLE = 64
+
+
+class SparseAttention(torch.nn.Module):
+    """Causal attention with an arbitrary block mask, per head or one for all."""
+
+    def __init__(
+        self,
+        block_size: int,
+        sparse_pattern: torch.Tensor | BlockMask,
+        *,
+        causal: bool = True,
+        seq_dim: int | None = None,
+        block_m: int | None = None,
+        block_n: int | None = None,
+        out: torch.Tensor | None = None,
+        d_splits: int | None = None,
+        inference: bool | None = None,
+    ) -> None:
+        """Make the module for one mask.
+
+        Args:
+            block_size: tokens per block, a power of two of at least 16.
+            sparse_pattern: boolean or integer (nonzero: attends) [blocks, blocks] or [heads, blocks, blocks]
+                (query, key), lower triangular. Its heads are 1, the KV heads or the query heads of the
+                inputs. One that is not KV-efficient gets a warning. Or a `BlockMask` of that block size.
+            causal: must be true.
+            seq_dim: dimension of the tokens in 4-D inputs, 1 (the default) or 2.
+            block_m, block_n, d_splits, inference: accepted for DKernel's sake. They tune its kernels; these
+                choose their tiles themselves.
+            out: tensor to write every call's result to, in q's shape and dtype.
+
+        Raises:
+            ValueError: an argument has a wrong shape, dtype or value; the message names it.
+            NotImplementedError: `causal` is false.
+        """
+        super().__init__()
+        _check_causal(causal)
+        for name, size in (("block_size", block_size), ("block_m", block_m), ("block_n", block_n)):
+            if size is not None and (size < _MIN_BLOCK_SIZE or size & (size - 1)):
+                raise ValueError(f"{name}: {size}, expected a power of two of at least {_MIN_BLOCK_SIZE}")
+        if seq_dim not in (None, 1, 2):
+            raise ValueError(f"seq_dim: {seq_dim}, expected None, 1 or 2")
+        self.mask = _block_mask(sparse_pattern, block_size)
+        self.pattern: S2Pattern | None = None
+        self.block_size = block_size
+        self.max_seqlen = self.mask.max_tokens
+        self.seq_dim = seq_dim
+        self.out = out
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None = None,
+        v: torch.Tensor | None = None,
+        sm_scale: float | None = None,
+        *,
+        cu_seqlen_k: torch.Tensor | None = None,
+        cu_seqlen_q: torch.Tensor | None = None,
+        left_paddings: torch.Tensor | None = None,
+        seqlens: torch.Tensor | None = None,
+        return_lse: bool = False,
+        split_qkv: Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attention of a batch: equally long sequences, packed ones, or padded ones.
+
+        The queries of a sequence are its last tokens; the keys before them are a past.
+
+        Args:
+            q, k, v: [batch, tokens, heads, head_size], or [batch, heads, tokens, head_size] with seq_dim 2,
+                or packed, [tokens, heads, head_size]. GQA: k and v may have fewer heads. Without v,
+                `split_qkv` makes k and v of k; without k and v, all three of q.
+            sm_scale: factor on the logits; None for head_size ** -0.5.
+            cu_seqlen_k: [sequences + 1], where each packed sequence's keys start, and the total; needed for
+                packed inputs.
+            cu_seqlen_q: the same for queries. Without it every sequence has one query when q has as many
+                tokens as there are sequences, and otherwise as many as it has keys.
+            left_paddings: [batch], tokens before each sequence in 4-D inputs. A sequence's blocks are counted
+                from its first token.
+            seqlens: [batch], real tokens of each sequence in 4-D inputs; without it all after the left
+                padding. With either of the two q has as many tokens as k, or one: the sequence's last.
+            return_lse: whether to return the log-sum-exp as well.
+            split_qkv: takes packed inputs apart.
+
+        Returns:
+            As q; zeros for padding. With `return_lse` also float32 [batch, heads, tokens], or [heads, tokens]
+            for packed inputs: the natural log-sum-exp of the scaled logits, -inf for padding.
+
+        Raises:
+            ValueError: an argument has a wrong shape, dtype or value; the message names it.
+            NotImplementedError: an input needs a gradient.
+        """
+        q, k, v = _split(q, k, v, split_qkv)
+        is_packed = q.dim() == 3
+        if is_packed:
+            _refuse(q, "4 dimensions", left_paddings=left_paddings, seqlens=seqlens)
+        else:
+            _refuse(q, "3 dimensions", cu_seqlen_q=cu_seqlen_q, cu_seqlen_k=cu_seqlen_k)
+        q, k, v = self._tokens_first(q), self._tokens_first(k), self._tokens_first(v)
+        check_shapes(q, k, v)
+        batch, num_queries, num_keys = q.shape[0], q.shape[1], k.shape[1]
+        out = None if self.out is None else self._tokens_first(self.out)
+        if is_packed:
+            spans = _packed_spans(num_queries, num_keys, cu_seqlen_q, cu_seqlen_k)
+        elif left_paddings is not None or seqlens is not None:
+            spans = _padded_spans(batch, num_queries, num_keys, left_paddings, seqlens)
+            out = torch.zeros_like(q) if out is None else out.zero_()
+        else:
+            spans = batch_spans(batch, num_queries, num_keys)
+        longest = max((span.num_keys for span in spans), default=0)
+        if longest > self.max_seqlen:
+            raise ValueError(f"k: a sequence of {longest} tokens, expected at most {self.max_seqlen}")
+        pattern = self._pattern_for(q.shape[2], k.shape[2])
+        out, lse = attend(q, k, v, pattern, spans, scale=sm_scale, out=out, return_lse=return_lse)
+        if is_packed:
+            out, lse = out[0], None if lse is None else lse[0]
+        elif self.seq_dim == 2:
+            out = out.transpose(1, 2)
+        return out if lse is None else (out, lse)
+
+    def _pattern_for(self, num_heads: int, num_kv_heads: int) -> S2Pattern | BlockMask:
+        """The S2 pattern, for which there are faster kernels, where it is one and for these heads."""
+        heads = (num_heads, num_kv_heads)
+        if self.pattern and (self.pattern.num_heads, self.pattern.num_kv_heads) == heads:
+            return self.pattern
+        return self.mask
+
+    def _tokens_first(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A view [batch, tokens, heads, head_size] of an input, in any of the layouts of `forward`."""
+        if tensor.dim() == 3:
+            return tensor[None]
+        return tensor.transpose(1, 2) if self.seq_dim == 2 else tensor
+
+
+class LocalStrideSparseAttention(SparseAttention):
+    """Causal attention with the local-stride pattern of S2-Attention (arXiv 2407.17678, section 3)."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        max_seq_len: int,
+        block_size: int,
+        local_blocks: int,
+        vert_stride: int,
+        *,
+        homo_head: bool = False,
+        num_dense_heads: int = 0,
+        num_kv_heads: int | None = None,
+        active_head_range: tuple[int, int] | None = None,
+        head_sliding_offset: int = 0,
+        block_m: int | None = None,
+        block_n: int | None = None,
+        causal: bool = True,
+        seq_dim: int | None = None,
+        out: torch.Tensor | None = None,
+        d_splits: int | None = None,
+        inference: bool | None = None,
+    ) -> None:
+        """Make the module for one pattern; modules with the same pattern share its mask.
+
+        KV head h attends to every older block j with (j + h * step + head_sliding_offset) mod vert_stride
+        == 0, step = max(1, vert_stride // num_heads). `step` follows the query heads, as in DKernel, where
+        `S2Pattern.build` counts the heads that the pattern tells apart: with fewer KV heads than query heads
+        and a stride above the number of KV heads the two differ.
+
+        Args:
+            num_heads: query heads.
+            max_seq_len: the longest sequence, rounded up to whole blocks, and at least to 64 tokens.
+            block_size: tokens per block, a power of two of at least 16.
+            local_blocks: blocks of the local window, the query's own included.
+            vert_stride: each head attends to one older block in every so many.
+            homo_head: give every head the first one's pattern.
+            num_dense_heads: KV heads, the last ones, that attend to everything; 0 with `homo_head`.
+            num_kv_heads: KV heads; the query heads of each share a pattern. None for `num_heads`.
+            active_head_range: first query head, and the one after the last, of this rank's inputs; ignored
+                with `homo_head`.
+            head_sliding_offset: shift of the first head's blocks.
+            block_m, block_n, causal, seq_dim, out, d_splits, inference: as in `SparseAttention`.
+
+        Raises:
+            ValueError: an argument has a wrong value; the message names it.
+            NotImplementedError: `causal` is false.
+        """
+        _check_causal(causal)
+        if num_kv_heads is None:
+            num_kv_heads = num_heads
+        if homo_head and num_dense_heads:
+            raise ValueError(f"num_dense_heads: {num_dense_heads}, expected 0 with homo_head")
+        multiple = max(block_size, block_m or 1, block_n or 1, _MIN_SEQ_MULTIPLE)
+        max_seq_len = -(-max_seq_len // multiple) * multiple
+        mask, pattern = _local_stride(
+            num_heads,
+            num_kv_heads,
+            max_seq_len // block_size,
+            block_size,
+            local_blocks,
+            vert_stride,
+            homo_head,
+            num_dense_heads,
+            head_sliding_offset,
+            None if homo_head else active_head_range,
+        )
+        super().__init__(
+            block_size,
+            mask,
+            causal=causal,
+            seq_dim=seq_dim,
+            block_m=block_m,
+            block_n=block_n,
+            out=out,
+            d_splits=d_splits,
+            inference=inference,
+        )
+        self.pattern = pattern
+        self.max_seq_len = max_seq_len
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.local_blocks = local_blocks
+        self.vert_stride = vert_stride
+        self.homo_head = homo_head
+        self.num_dense_heads = num_dense_heads
+
+
+def _check_causal(causal: bool) -> None:
+    if not causal:
+        raise NotImplementedError("causal: False, expected True: non-causal attention is not supported")
+
+
+def _block_mask(sparse_pattern: torch.Tensor | BlockMask, block_size: int) -> BlockMask:
+    if isinstance(sparse_pattern, BlockMask):
+        if sparse_pattern.block_size != block_size:
+            raise ValueError(
+                f"block_size: {block_size}, expected {sparse_pattern.block_size} as in sparse_pattern"
+            )
+        return sparse_pattern
+    if sparse_pattern.dim() not in (2, 3) or sparse_pattern.shape[-1] != sparse_pattern.shape[-2]:
+        raise ValueError(
+            f"sparse_pattern: shape {tuple(sparse_pattern.shape)}, expected [blocks, blocks] or "
+            "[heads, blocks, blocks]"
+        )
+    per_head = sparse_pattern[None] if sparse_pattern.dim() == 2 else sparse_pattern
+    return BlockMask.from_dense(per_head != 0, block_size)
+
+
+@lru_cache(maxsize=16)
+def _local_stride(
+    num_heads: int,
+    num_kv_heads: int,
+    num_blocks: int,
+    block_size: int,
+    local_blocks: int,
+    vert_stride: int,
+    homo_head: bool,
+    num_dense_heads: int,
+    head_sliding_offset: int,
+    head_range: tuple[int, int] | None,
+) -> tuple[BlockMask, S2Pattern | None]:
+    """One mask for all heads with `homo_head`, else one for each query head in `head_range`; and the heads'
+    S2 pattern, unless some are dense or the range cuts the query heads of a KV head apart.
+    """
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads: {num_kv_heads}, expected a divisor of num_heads ({num_heads})")
+    first, end = head_range or (0, num_heads)
+    if not 0 <= first < end <= num_heads:
+        raise ValueError(f"active_head_range: {head_range}, expected a part of [0, {num_heads})")
+    distinct = 1 if homo_head else num_kv_heads
+    of_kv_heads = S2Pattern.build(
+        distinct,
+        distinct,
+        block_size=block_size,
+        local_blocks=local_blocks,
+        vert_stride=vert_stride,
+        head_sliding_step=max(1, vert_stride // num_heads),
+        head_sliding_offset=head_sliding_offset,
+    )
+    dense = of_kv_heads.block_mask(num_blocks) | dense_heads(distinct, num_blocks, num_dense_heads)
+    mask = BlockMask.from_dense(dense, block_size)
+    rows = [head * distinct // num_heads for head in range(first, end)]
+    group = num_heads // num_kv_heads
+    pattern = None
+    if not num_dense_heads and first % group == end % group == 0:
+        residues = tuple(of_kv_heads.residues[row] for row in rows)
+        pattern = S2Pattern(block_size, local_blocks, vert_stride, residues, len(rows) // group)
+    return mask if homo_head else mask.select(rows), pattern
+
+
+def _split(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    split_qkv: Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if k is not None and v is not None:
+        return q, k, v
+    if split_qkv is None:
+        raise ValueError("split_qkv: None, expected a function that takes packed inputs apart, without v")
+    if k is None:
+        q, k, v = split_qkv(q)
+    else:
+        k, v = split_qkv(k)
+    return q, k, v
+
+
+def _refuse(q: torch.Tensor, expected: str, **arguments: torch.Tensor | None) -> None:
+    """Raise ValueError when an argument is given that goes with another layout of q."""
+    for name, argument in arguments.items():
+        if argument is not None:
+            raise ValueError(f"q: shape {tuple(q.shape)}, expected {expected} with {name}")
+
+
+def _packed_spans(
+    num_queries: int, num_keys: int, cu_seqlen_q: torch.Tensor | None, cu_seqlen_k: torch.Tensor | None
+) -> tuple[Span, ...]:
+    """Spans of packed inputs; without `cu_seqlen_q`, of one query per sequence or of all tokens."""
+    if cu_seqlen_k is None:
+        raise ValueError("cu_seqlen_k: None, expected where each sequence of the packed k starts")
+    num_sequences = cu_seqlen_k.shape[0] - 1
+    if cu_seqlen_q is None:
+        if num_queries == num_sequences:
+            cu_seqlen_q = torch.arange(num_sequences + 1)
+        elif num_queries == num_keys:
+            cu_seqlen_q = cu_seqlen_k
+        else:
+            raise ValueError(
+                f"cu_seqlen_q: None, expected where each sequence's queries start: {num_queries} queries are "
+                f"neither one for each of {num_sequences} sequences nor as many as keys ({num_keys})"
+            )
+    return packed_spans(cu_seqlen_q, cu_seqlen_k, num_queries, num_keys)
+
+
+def _padded_spans(
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    left_paddings: torch.Tensor | None,
+    seqlens: torch.Tensor | None,
+) -> tuple[Span, ...]:
+    for name, values in (("left_paddings", left_paddings), ("seqlens", seqlens)):
+        if values is not None and values.shape != (batch,):
+            raise ValueError(f"{name}: shape {tuple(values.shape)}, expected [{batch}]")
+    if num_queries not in (1, num_keys):
+        raise ValueError(f"q: {num_queries} queries, expected 1 or {num_keys}, as k has, with padding")
+    lefts = [0] * batch if left_paddings is None else left_paddings.tolist()
+    lengths = [num_keys - left for left in lefts] if seqlens is None else seqlens.tolist()
+    spans = []
+    for n, (left, length) in enumerate(zip(lefts, lengths, strict=True)):
+        if left < 0 or length < 0 or left + length > num_keys:
+            raise ValueError(
+                f"seqlens: sequence {n} has {left} tokens of left padding and {length} of its own, expected "
+                f"at most {num_keys} together"
+            )
+        if num_queries == num_keys:
+            spans.append(Span(n, left, length, left, length))
+        elif length:
+            spans.append(Span(n, 0, 1, left, length))
+    return tuple(spans)

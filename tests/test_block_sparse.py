@@ -1,0 +1,199 @@
+"""The block-sparse kernel against masked attention, for every kind of mask."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+
+from s2_kernels.block_sparse import block_sparse_fwd, merge_rows
+from s2_kernels.masks import BlockMask, dense_heads, local_window, range_strides, sink_blocks
+from s2_kernels.pattern import S2Pattern
+from s2_kernels.sequences import Span
+from tests.contiguous import expected_attention, random_causal_mask
+from tests.paged import DEVICE, DTYPE_NAMES, DTYPES, TOLERANCES
+
+HEADS, KV_HEADS = 4, 2
+BLOCKS = 20
+WINDOW = local_window(BLOCKS, 2)
+PATTERN = S2Pattern.build(HEADS, KV_HEADS, block_size=16, local_blocks=2, vert_stride=3)
+BY_QUERY = S2Pattern.build(
+    HEADS, KV_HEADS, local_blocks=2, vert_stride=4, head_sliding_offset=1, pattern_heads="query"
+)
+KINDS = {
+    "s2": PATTERN.block_mask(BLOCKS),
+    "s2-by-query-head": BY_QUERY.block_mask(BLOCKS),
+    "dense-heads": PATTERN.block_mask(BLOCKS) | dense_heads(HEADS, BLOCKS, 1, num_kv_heads=KV_HEADS),
+    "sinks-of-all-heads": WINDOW | sink_blocks(BLOCKS, 2),
+    "ranges-of-kv-heads": WINDOW | range_strides(KV_HEADS, BLOCKS, ((6, 2), (None, 4))),
+    "arbitrary": random_causal_mask(HEADS, BLOCKS, 0.3),
+    "nothing-or-itself": torch.eye(BLOCKS, dtype=torch.bool)[None] & (torch.arange(BLOCKS) % 3 > 0),
+}
+# Wide heads take most of a GPU's shared memory; the interpreter has no such limit, and little time.
+HEAD_SIZES_OF_DECODE = [24, 128, 256] if DEVICE == "cuda" else [24]
+BLOCK_SIZES_OF_HEADS = [16, 32, 64, 128] if DEVICE == "cuda" else [16, 64]
+# (past, queries) of each sequence, for blocks of 16 tokens.
+PROMPTS = [(0, 1), (0, 135)]
+CHUNKS = [(150, 45), (37, 20), (96, 16), (5, 0)]
+
+
+def block_mask(dense: torch.Tensor, block_size: int) -> BlockMask:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return BlockMask.from_dense(dense, block_size)
+
+
+def run_and_check(
+    dense: torch.Tensor,
+    block_size: int,
+    sequences: list[tuple[int, int]],
+    dtype: torch.dtype,
+    *,
+    heads: int = HEADS,
+    kv_heads: int = KV_HEADS,
+    head_size: int = 24,
+    with_lse: bool = True,
+) -> None:
+    """Sequences are packed with a gap after each; all memory of the gaps is NaN, and must stay so."""
+    generator = torch.Generator().manual_seed(0)
+    gap = 3
+    spans, queries, keys = [], 0, 0
+    for past, count in sequences:
+        spans.append(Span(0, queries, count, keys, past + count))
+        queries, keys = queries + count + gap, keys + past + count + gap
+    q, k, v = (
+        torch.full((1, tokens, n, head_size), torch.nan, dtype=dtype, device=DEVICE)
+        for tokens, n in ((queries, heads), (keys, kv_heads), (keys, kv_heads))
+    )
+    for span in spans:
+        for tensor, start, count in (
+            (q, span.query_start, span.num_queries),
+            (k, span.key_start, span.num_keys),
+            (v, span.key_start, span.num_keys),
+        ):
+            tensor[0, start : start + count] = torch.randn(
+                count, tensor.shape[2], head_size, generator=generator
+            )
+    out = q.new_full((1, queries, heads + 1, head_size), torch.nan)[:, :, :heads]
+    lse = torch.full((1, heads, queries), torch.nan, device=DEVICE) if with_lse else None
+    scale = 0.3
+
+    block_sparse_fwd(q, k, v, block_mask(dense, block_size), tuple(spans), scale, out, lse)
+
+    tolerance = TOLERANCES[dtype]
+    is_gap = torch.ones(queries, dtype=torch.bool)
+    for span in spans:
+        rows = slice(span.query_start, span.query_start + span.num_queries)
+        of_span = slice(span.key_start, span.key_start + span.num_keys)
+        expected, expected_lse = expected_attention(
+            q[0, rows], k[0, of_span], v[0, of_span], dense, block_size, scale
+        )
+        torch.testing.assert_close(out[0, rows], expected, atol=tolerance, rtol=tolerance)
+        if lse is not None:
+            torch.testing.assert_close(lse[0, :, rows], expected_lse, atol=2e-5, rtol=2e-5)
+        is_gap[rows] = False
+    assert out[0, is_gap].isnan().all(), "rows of no sequence were written"
+    assert lse is None or lse[0, :, is_gap].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
+@pytest.mark.parametrize("sequences", [PROMPTS, CHUNKS], ids=["prompts", "chunks"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_mask(kind: str, sequences: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    run_and_check(KINDS[kind], 16, sequences, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128, 256])
+def test_tiles_of_several_rows_and_several_tiles_in_a_row(block_size: int, dtype: torch.dtype) -> None:
+    """Merge-Q from both sides, with masks in which dropped blocks return."""
+    blocks = 1 + 320 // block_size
+    dense = random_causal_mask(2, blocks, 0.5, seed=block_size)
+    run_and_check(dense, block_size, [(0, 150), (131, 40), (3, 2)], dtype, heads=2, kv_heads=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("head_size", HEAD_SIZES_OF_DECODE)
+def test_decode(head_size: int, block_size: int, dtype: torch.dtype) -> None:
+    sequences = [(0, 1), (130, 1), (47, 1), (48, 1), (255, 1)]
+    dense = random_causal_mask(HEADS, BLOCKS, 0.5)
+    run_and_check(dense, block_size, sequences, dtype, head_size=head_size)
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES_OF_HEADS)
+@pytest.mark.parametrize("head_size", [16, 17, 80, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
+def test_head_sizes(head_size: int, block_size: int, dtype: torch.dtype) -> None:
+    run_and_check(
+        KINDS["arbitrary"][:3],
+        block_size,
+        [(20, 60)],
+        dtype,
+        heads=3,
+        kv_heads=1,
+        head_size=head_size,
+        with_lse=False,
+    )
+
+
+def test_blocks_that_no_row_of_the_tile_attends_to_are_not_read() -> None:
+    dense = local_window(BLOCKS, 2) | sink_blocks(BLOCKS, 2) & (torch.arange(BLOCKS) == 1)
+    first, end = 16 * 16, BLOCKS * 16
+    q, k, v = torch.randn(3, 1, end, 1, 16, device=DEVICE).half()
+    unread = torch.cat([torch.arange(16), torch.arange(32, first - 16)])
+    k[:, unread] = v[:, unread] = torch.nan
+    out = torch.full_like(q, torch.nan)
+    block_sparse_fwd(q, k, v, block_mask(dense, 16), (Span(0, first, end - first, 0, end),), 0.25, out, None)
+    k[:, unread] = v[:, unread] = 0
+    expected, _ = expected_attention(q[0, first:], k[0], v[0], dense, 16, 0.25)
+    torch.testing.assert_close(out[0, first:], expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_visits_are_the_union_of_the_rows(rows: int) -> None:
+    dense = random_causal_mask(3, BLOCKS, 0.6)
+    dense[1] = dense[0] | torch.ones(BLOCKS, BLOCKS).tril(-3).bool()
+    visits = merge_rows(block_mask(dense, 16), rows, torch.device("cpu"))
+    groups = -(-BLOCKS // rows)
+    assert visits.num_groups == groups
+    bounds = visits.offsets.tolist()
+    assert len(bounds) == 2 * 3 * groups + 1
+    assert bounds[-1] == len(visits.starts) == len(visits.row_bits)
+    any_unmasked = False
+    for half, (start, end) in enumerate(pairwise(bounds)):
+        head, group = divmod(half // 2, groups)
+        for first_token, bits in zip(
+            visits.starts[start:end].tolist(), visits.row_bits[start:end].tolist(), strict=True
+        ):
+            block = first_token // 16
+            assert block * 16 == first_token
+            of_rows = [
+                group * rows + r < BLOCKS and bool(dense[head, group * rows + r, block]) for r in range(rows)
+            ]
+            assert any(of_rows)
+            assert [bool(bits >> r & 1) for r in range(rows)] == of_rows
+            assert (half % 2 == 0) == (all(of_rows) and block < group * rows)
+            any_unmasked |= half % 2 == 0
+        if half % 2:
+            seen = (visits.starts[bounds[half - 1] : end] // 16).tolist()
+            union = dense[head, group * rows : (group + 1) * rows].any(dim=0).nonzero().flatten().tolist()
+            assert sorted(seen) == union
+    assert any_unmasked
+
+
+def test_wrong_arguments_are_named() -> None:
+    q, k, v = torch.randn(3, 1, 20, 2, 16, device=DEVICE)
+    mask = block_mask(local_window(4, 2), 16)
+    spans = (Span(0, 0, 20, 0, 20),)
+    out = torch.empty_like(q)
+    with pytest.raises(ValueError, match=r"^q: head size 288"):
+        block_sparse_fwd(q.repeat(1, 1, 1, 18), k, v, mask, spans, 1.0, out, None)
+    with pytest.raises(ValueError, match=r"^q: dtype torch.float64"):
+        block_sparse_fwd(q.double(), k, v, mask, spans, 1.0, out, None)
+    with pytest.raises(ValueError, match=r"^mask\.block_size: 8"):
+        block_sparse_fwd(q, k, v, block_mask(local_window(4, 2), 8), spans, 1.0, out, None)
+    with pytest.raises(ValueError, match=r"^v: strides"):
+        block_sparse_fwd(q, k, v.transpose(2, 3), mask, spans, 1.0, out, None)
