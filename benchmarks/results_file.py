@@ -37,11 +37,15 @@ def load_results(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def describe_run() -> dict[str, Any]:
-    """The machine, how busy it was over the last minute, the versions of what was used, and the command."""
+    """The machine, how busy it was over the last minute, the versions of what was used, and the command.
+
+    The commit is the checkout's; S2_COMMIT names it where the code is a copy without the repository.
+    """
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _command(),
-        "commit": _output_of("git", "-C", str(REPOSITORY), "rev-parse", "HEAD"),
+        "commit": os.environ.get("S2_COMMIT")
+        or _output_of("git", "-C", str(REPOSITORY), "rev-parse", "HEAD"),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
         "load_average": round(os.getloadavg()[0], 1),
@@ -54,7 +58,7 @@ def describe_run() -> dict[str, Any]:
 
 def _command() -> str:
     main = sys.modules["__main__"].__spec__
-    program = f"-m {main.name}" if main else Path(sys.argv[0]).name
+    program = f"-m {main.name.removesuffix('.__main__')}" if main else Path(sys.argv[0]).name
     # Of a file, its name: where the folders of the machine lie is nobody's business.
     return " ".join(["python", program, *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])])
 

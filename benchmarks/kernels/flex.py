@@ -1,0 +1,55 @@
+"""FlexAttention's block mask for a pattern, made from the pattern's blocks and not token by token."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+
+from s2_kernels.pattern import S2Pattern
+
+QUERY_BLOCK = 128
+"""Rows of a query tile. Keys are in blocks of the pattern's size: no larger one is masked as a whole."""
+
+
+@lru_cache(maxsize=1)
+def flex_block_mask(pattern: S2Pattern, seq_len: int, device: torch.device) -> BlockMask:
+    """The block mask of a prefill of `seq_len` tokens: one mask per query head, full blocks told apart.
+
+    The mask function of the other blocks, on the diagonal and where the rows of a tile differ, is the pattern
+    token by token. `pattern.block_size` must divide QUERY_BLOCK.
+    """
+    block_size, ratio = pattern.block_size, QUERY_BLOCK // pattern.block_size
+    num_blocks = -(-seq_len // block_size)
+    tiles = -(-num_blocks // ratio)
+    with torch.device(device):
+        blocks = pattern.block_mask(tiles * ratio)[:, :, :num_blocks]
+        blocks = blocks.view(pattern.num_heads, tiles, ratio, num_blocks)
+        before_tile = torch.arange(num_blocks) < torch.arange(0, tiles * ratio, ratio)[:, None]
+        is_full = blocks.all(dim=2) & before_tile
+        is_partial = blocks.any(dim=2) & ~is_full
+        residues = torch.tensor(pattern.residues, dtype=torch.int32)
+
+    def attends(
+        batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        query_block, key_block = query // block_size, key // block_size
+        in_window = query_block - key_block < pattern.local_blocks
+        in_shard = key_block % pattern.vert_stride == residues[head]
+        return (key <= query) & (in_window | in_shard)
+
+    return BlockMask.from_kv_blocks(
+        *_indices(is_partial),
+        *_indices(is_full),
+        BLOCK_SIZE=(QUERY_BLOCK, block_size),
+        mask_mod=attends,
+        seq_lengths=(seq_len, seq_len),
+    )
+
+
+def _indices(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of bool [heads, tiles, blocks]: int32 [1, heads, tiles] counts, and the indices, those set first."""
+    counts = blocks.sum(dim=-1, dtype=torch.int32)
+    indices = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).int()
+    return counts[None], indices[None]

@@ -1,0 +1,172 @@
+"""Draws the results of benchmarks.kernels: speed-up against sequence length, and the roofline.
+
+python -m benchmarks.plot
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.geometries import GEOMETRIES
+from benchmarks.kernels.cases import OPS, Case
+from benchmarks.kernels.work import flop, required_bytes
+from benchmarks.results_file import load_results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BASELINES = {"fa2": "FlashAttention-2 (torch SDPA)", "fa3": "FlashAttention-3 (vLLM)"}
+COLORS = dict(zip(GEOMETRIES, ("#2f6db3", "#f2a03d", "#3a9d5d", "#b5446e", "#6b5ca5"), strict=True))
+MARKERS = {"prefill": "o", "chunked_prefill": "s", "decode": "^"}
+FORMATS = ("svg", "png")
+
+Record = dict[str, Any]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    for path in options.results:
+        header, records = load_results(path)
+        gpu = ", ".join(header["gpus"])
+        for name, draw in (("speedup", draw_speedup), ("roofline", draw_roofline)):
+            output = options.output / f"{path.stem}-{name}.{options.format}"
+            output.parent.mkdir(parents=True, exist_ok=True)
+            draw(records, gpu).savefig(output, dpi=150)
+            print(f"saved {output}")
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plot", description="Draw the results of benchmarks.kernels"
+    )
+    found = sorted(Path("benchmarks/results").glob("kernels-*.json"))
+    parser.add_argument("results", nargs="*", type=Path, default=found, help="default: all kernels-*.json")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/figures"), help="folder")
+    parser.add_argument("--format", choices=FORMATS, default=FORMATS[0])
+    options = parser.parse_args(arguments)
+    if not options.results:
+        parser.error("results: no benchmarks/results/kernels-*.json, expected one from benchmarks.kernels")
+    for path in options.results:
+        if not path.is_file():
+            parser.error(f"results: {path}, expected a file from benchmarks.kernels")
+    return options
+
+
+def draw_speedup(records: list[Record], gpu: str) -> Figure:
+    """How many times faster than dense attention a prefill of one sequence is: a panel per baseline."""
+    figure = _figure(9.6, 3.8)
+    panels = figure.subplots(1, len(BASELINES), sharey=True)
+    for axes, (baseline, title) in zip(panels, BASELINES.items(), strict=True):
+        for geometry, points in speedups(records, baseline).items():
+            axes.plot(*zip(*points, strict=True), marker="o", color=COLORS[geometry], label=geometry)
+        axes.axhline(1, color="#999999", linewidth=0.8)
+        axes.set_title(f"over {title}", fontsize=10, loc="left")
+        axes.set_xlabel("tokens")
+        _log_log(axes, 2)
+    panels[0].set_ylabel("times faster")
+    panels[0].legend(fontsize=8)
+    figure.suptitle(f"S2-Attention prefill, batch 1, {gpu}", fontsize=10)
+    return figure
+
+
+def speedups(records: list[Record], baseline: str) -> dict[str, list[tuple[int, float]]]:
+    """For each geometry, ascending (tokens, time of `baseline` / time of s2) where both have one."""
+    times = {
+        (record["geometry"], record["seq_len"], record["impl"]): record["ms"]
+        for record in records
+        if record["op"] == "prefill" and record["batch"] == 1 and "ms" in record
+    }
+    points: dict[str, list[tuple[int, float]]] = {}
+    for (geometry, seq_len, impl), ms in sorted(times.items()):
+        if impl == "s2" and (geometry, seq_len, baseline) in times:
+            points.setdefault(geometry, []).append((seq_len, times[geometry, seq_len, baseline] / ms))
+    return points
+
+
+def draw_roofline(records: list[Record], gpu: str) -> Figure:
+    """Achieved TFLOP/s against arithmetic intensity, under the ceilings that the same run measured."""
+    figure = _figure(7.2, 4.6)
+    axes = figure.subplots()
+    points = roofline_points(records)
+    bandwidth = _ceiling(records, "copy", "gbps") / 1e3
+    peak = _ceiling(records, "matmul", "tflops")
+    ridge = peak / bandwidth
+    left = min([ridge / 4, *(intensity / 2 for _, intensity, _ in points)])
+    right = max([ridge * 4, *(intensity * 2 for _, intensity, _ in points)])
+    axes.plot([left, ridge, right], [left * bandwidth, peak, peak], color="#555555", linewidth=1)
+    axes.text(right, peak * 1.08, f"matrix product, {peak:.0f} TFLOP/s", fontsize=8, ha="right")
+    axes.text(left, left * bandwidth * 4, f"copy, {bandwidth:.2f} TB/s", fontsize=8)
+    for record, intensity, tflops in points:
+        colour = COLORS[record["geometry"]]
+        fill = colour if record["impl"] == "s2" else "none"
+        axes.plot(intensity, tflops, MARKERS[record["op"]], color=colour, markerfacecolor=fill, markersize=6)
+    _roofline_legend(axes, points)
+    axes.set_xlabel("attended FLOP per required byte")
+    axes.set_ylabel("TFLOP/s")
+    _log_log(axes, 10)
+    figure.suptitle(f"Roofline, {gpu}; filled: s2, hollow: FlashAttention-3, dense", fontsize=10)
+    return figure
+
+
+def roofline_points(records: list[Record]) -> list[tuple[Record, float, float]]:
+    """(record, FLOP per byte, TFLOP/s) of the attention of s2 and fa3, each on the work it requires."""
+    points = []
+    for record in records:
+        if record["op"] not in MARKERS or record["impl"] not in ("s2", "fa3") or "ms" not in record:
+            continue
+        case = Case(record["op"], record["geometry"], record["batch"], record["seq_len"])
+        dense = record["impl"] == "fa3"
+        work = flop(case, dense)
+        points.append((record, work / required_bytes(case, dense), work / record["ms"] / 1e9))
+    return points
+
+
+def _roofline_legend(axes: Axes, points: list[tuple[Record, float, float]]) -> None:
+    from matplotlib.lines import Line2D
+
+    geometries = dict.fromkeys(record["geometry"] for record, _, _ in points)
+    ops = [op for op in OPS if any(record["op"] == op for record, _, _ in points)]
+    handles = [
+        Line2D([], [], marker="o", linestyle="", color=COLORS[name], label=name) for name in geometries
+    ]
+    handles += [
+        Line2D([], [], marker=MARKERS[op], linestyle="", color="#555555", markerfacecolor="none", label=op)
+        for op in ops
+    ]
+    axes.legend(handles=handles, fontsize=8, loc="lower right")
+
+
+def _ceiling(records: list[Record], op: str, unit: str) -> float:
+    for record in records:
+        if record["op"] == op:
+            return float(record[unit])
+    raise ValueError(f"records: none with op {op!r}, expected the ceilings that benchmarks.kernels measures")
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _log_log(axes: Axes, y_base: int) -> None:
+    """Logarithmic axes, x to base 2, with plain numbers."""
+    from matplotlib.ticker import StrMethodFormatter
+
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=y_base)
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.grid(True, which="major", color="#e9ecf0")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,28 @@
+"""The command in a result file's header."""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import ModuleSpec
+
+import pytest
+
+from benchmarks.results_file import describe_run
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"),
+    [
+        ("benchmarks.kernels.__main__", "python -m benchmarks.kernels --quick out.json"),
+        ("benchmarks.phi3_small", "python -m benchmarks.phi3_small --quick out.json"),
+        (None, "python script.py --quick out.json"),
+    ],
+    ids=["package", "module", "file"],
+)
+def test_command_as_it_was_typed_without_folders(
+    module: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = None if module is None else ModuleSpec(module, None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr(sys, "argv", ["/some/folder/script.py", "--quick", "/some/folder/out.json"])
+    assert describe_run()["command"] == expected
