@@ -1,4 +1,4 @@
-"""Draws the results of benchmarks.kernels: speed-up against sequence length, and the roofline.
+"""Shows the results of benchmarks.kernels: speed-up against sequence length, the roofline, and a summary.
 
 python -m benchmarks.plot
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.geometries import GEOMETRIES
 from benchmarks.kernels.cases import OPS, Case
+from benchmarks.kernels.report import summary
 from benchmarks.kernels.work import flop, required_bytes
 from benchmarks.results_file import load_results
 
@@ -37,12 +38,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             output.parent.mkdir(parents=True, exist_ok=True)
             draw(records, gpu).savefig(output, dpi=150)
             print(f"saved {output}")
+        print(f"\n{summary(records)}\n")
     return 0
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.plot", description="Draw the results of benchmarks.kernels"
+        prog="python -m benchmarks.plot", description="Draw and sum up the results of benchmarks.kernels"
     )
     found = sorted(Path("benchmarks/results").glob("kernels-*.json"))
     parser.add_argument("results", nargs="*", type=Path, default=found, help="default: all kernels-*.json")
@@ -100,7 +102,7 @@ def draw_roofline(records: list[Record], gpu: str) -> Figure:
     right = max([ridge * 4, *(intensity * 2 for _, intensity, _ in points)])
     axes.plot([left, ridge, right], [left * bandwidth, peak, peak], color="#555555", linewidth=1)
     axes.text(right, peak * 1.08, f"matrix product, {peak:.0f} TFLOP/s", fontsize=8, ha="right")
-    axes.text(left, left * bandwidth * 4, f"copy, {bandwidth:.2f} TB/s", fontsize=8)
+    axes.text(left, left * bandwidth * 12, f"copy, {bandwidth:.2f} TB/s", fontsize=8)
     for record, intensity, tflops in points:
         colour = COLORS[record["geometry"]]
         fill = colour if record["impl"] == "s2" else "none"

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import cpu_decode, kv_capacity, phi3_small
 from benchmarks.geometries import GEOMETRIES
+from benchmarks.kernels.report import summary
 from benchmarks.results_file import load_results
 from s2_vllm.cli import main
 from s2_vllm.config import S2Config
@@ -31,6 +32,12 @@ def test_cpu_decode() -> None:
 def test_phi3_small() -> None:
     _, records = load_results(RESULTS / "phi3-small.json")
     assert phi3_small.table(records) in README
+
+
+def test_kernels() -> None:
+    _, records = load_results(RESULTS / "kernels-h200.json")
+    for table in summary(records).split("\n\n"):
+        assert table in README
 
 
 def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

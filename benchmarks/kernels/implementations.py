@@ -294,6 +294,10 @@ def prepare_vllm_triton(inputs: Inputs) -> Launch:
 
 
 def prepare_xformers_decode(inputs: Inputs) -> Launch:
+    """The Triton kernel, called below xformers' dispatch.
+
+    That refuses every operator where the compiled part of xformers does not fit torch; this one needs none.
+    """
     try:
         from xformers.ops import fmha
         from xformers.ops.fmha.attn_bias import BlockDiagonalCausalWithOffsetPaddedKeysMask
@@ -305,14 +309,12 @@ def prepare_xformers_decode(inputs: Inputs) -> Launch:
     q = inputs.q.view(1, batch, kv_heads, -1, head_size)
     k, v = (x[None, :, :, None].expand(-1, -1, -1, q.shape[3], -1) for x in (inputs.k, inputs.v))
     bias = BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
-        q_seqlen=[1] * batch, kv_padding=length, kv_seqlen=[length] * batch
+        q_seqlen=[1] * batch, kv_padding=length, kv_seqlen=[length] * batch, device=q.device
     )
-    bias = bias.to(q.device) if hasattr(bias, "to") else bias
+    arguments = fmha.Inputs(query=q, key=k, value=v, attn_bias=bias, scale=inputs.scale)
 
     def launch() -> torch.Tensor:
-        out = fmha.memory_efficient_attention_forward(
-            q, k, v, attn_bias=bias, scale=inputs.scale, op=fmha.triton_splitk.FwOp
-        )
+        out, _ = fmha.triton_splitk.FwOp.apply(arguments, needs_gradient=False)
         return out.reshape(inputs.q.shape)
 
     return launch

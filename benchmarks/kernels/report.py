@@ -34,7 +34,7 @@ def table(op: str, records: list[Record]) -> str:
         if "ms" not in row:
             lines.append(what + f"| {row.get('error') or row.get('reason')} | | | | | |")
             continue
-        peers = {peer["impl"]: peer for peer in rows if _case(peer) == _case(row) and "ms" in peer}
+        peers = _peers(row, rows)
         rate = row.get("tflops") or row.get("gbps")
         if unit == "GB/s":
             fraction = rate / copy if copy else None
@@ -46,6 +46,59 @@ def table(op: str, records: list[Record]) -> str:
             f"| {_ratio(speedups[1], 'x')} | {row['max_rel_err']:.1e} |"
         )
     return "\n".join(lines)
+
+
+def summary(records: list[Record]) -> str:
+    """Two short Markdown tables of s2: compute-bound work on the longest sequences, and memory-bound work."""
+    return f"{_compute_summary(records)}\n\n{_memory_summary(records)}"
+
+
+def _compute_summary(records: list[Record]) -> str:
+    lines = [
+        "| operation | geometry | tokens | ms | TFLOP/s | of FA3's | over FA2 | over FA3 | over Flex |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows = _times_of_s2(records, "tflops")
+    longest = {(row["op"], row["geometry"]): row for row in sorted(rows, key=lambda row: row["seq_len"])}
+    for row in rows:
+        if row is not longest[row["op"], row["geometry"]]:
+            continue
+        peers = _peers(row, records)
+        over = [peers[name]["ms"] / row["ms"] if name in peers else None for name in (*BASELINES, "flex")]
+        share = row["tflops"] / peers["fa3"]["tflops"] if "fa3" in peers else None
+        cells = [f"{row['ms']:.3g}", f"{row['tflops']:.0f}", _ratio(share), *(_ratio(x, "x") for x in over)]
+        lines.append(f"| {row['op']} | {row['geometry']} | {row['seq_len']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _memory_summary(records: list[Record]) -> str:
+    copy = next(record["gbps"] for record in records if record["op"] == "copy")
+    lines = [
+        "| operation | geometry | requests x tokens | µs | TB/s | of a copy's | over FA3 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in _times_of_s2(records, "gbps"):
+        fa3 = _peers(row, records).get("fa3")
+        over = None if fa3 is None else fa3["ms"] / row["ms"]
+        cells = [
+            f"{row['ms'] * 1e3:.1f}",
+            f"{row['gbps'] / 1e3:.2f}",
+            _ratio(row["gbps"] / copy),
+            _ratio(over, "x"),
+        ]
+        shape = f"{row['batch']} x {row['seq_len']}"
+        lines.append(f"| {row['op']} | {row['geometry']} | {shape} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _times_of_s2(records: list[Record], unit: str) -> list[Record]:
+    return [record for record in records if record["impl"] == "s2" and unit in record]
+
+
+def _peers(row: Record, records: list[Record]) -> dict[str, Record]:
+    """The timed records of the row's case, by implementation."""
+    same = (peer for peer in records if peer["op"] == row["op"] and "ms" in peer)
+    return {peer["impl"]: peer for peer in same if _case(peer) == _case(row)}
 
 
 def line(record: Record) -> str:
