@@ -193,9 +193,9 @@ def check(
 
 
 def _poisoned(launch: Launch, inputs: Inputs) -> torch.Tensor:
-    """What `launch` returns; memory that it allocates for it is most likely this NaN, freed at once."""
+    """What `launch` returns, as rows. Memory that it allocates is most likely this NaN, freed at once."""
     inputs.poisoned_output()
-    return launch()
+    return launch().reshape(inputs.q.shape)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 A preparation takes inputs and returns a launch: everything that a serving engine does once per step or less
 often (index tables, metadata, layouts) is done by the preparation and not timed. A launch returns the output,
-[tokens, num_heads, head_size] (of cache_write: the cache). Peers are imported by their preparations.
+[..., tokens, num_heads, head_size] of any strides, nothing copied for that (of cache_write: the cache). Peers
+are imported by their preparations.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def prepare_s2_contiguous(inputs: Inputs) -> Launch:
     q, k, v = (_batched(x, inputs) for x in (inputs.q, inputs.k, inputs.v))
 
     def launch() -> torch.Tensor:
-        return s2_attention(q, k, v, inputs.case.pattern, scale=inputs.scale).flatten(0, 1)
+        return s2_attention(q, k, v, inputs.case.pattern, scale=inputs.scale)
 
     return launch
 
@@ -113,7 +114,8 @@ def prepare_sdpa(backend: SDPBackend, inputs: Inputs) -> Launch:
 
     def launch() -> torch.Tensor:
         with sdpa_kernel(backend):
-            return _token_major(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=inputs.scale))
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=inputs.scale)
+        return out.transpose(1, 2)
 
     return launch
 
@@ -138,7 +140,7 @@ def prepare_flex(inputs: Inputs) -> Launch:
     )
 
     def launch() -> torch.Tensor:
-        return _token_major(call())
+        return call().transpose(1, 2)
 
     return launch
 
@@ -167,7 +169,7 @@ def prepare_dkernel(inputs: Inputs) -> Launch:
     ).to(q.device)
 
     def launch() -> torch.Tensor:
-        return attention(q, k, v, sm_scale=inputs.scale).flatten(0, 1)
+        return attention(q, k, v, sm_scale=inputs.scale)
 
     return launch
 
@@ -328,10 +330,6 @@ def _batched(packed: torch.Tensor, inputs: Inputs) -> torch.Tensor:
 def _head_major(packed: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     """[batch, heads, tokens, head_size], contiguous, as PyTorch's attention functions document it."""
     return _batched(packed, inputs).transpose(1, 2).contiguous()
-
-
-def _token_major(out: torch.Tensor) -> torch.Tensor:
-    return out.transpose(1, 2).flatten(0, 1)
 
 
 def _repeated_key_value(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
