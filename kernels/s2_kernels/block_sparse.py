@@ -242,7 +242,7 @@ def block_sparse_config(head_padded: int, dtype: torch.dtype, max_queries: int) 
     if dtype == torch.float32:  # multiplied without tensor cores: small tiles, or registers spill
         config = {"BLOCK_M": 32, "BLOCK_N": MIN_DOT_SIZE, "num_warps": 8, "num_stages": 2}
     elif head_padded > 128:
-        config = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+        config = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     else:
         config = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
     if max_queries == 1:
