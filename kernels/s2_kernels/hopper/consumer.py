@@ -80,13 +80,8 @@ def zero_values_from(first, pieces, stage, HALF: gl.constexpr, HEAD_SIZE: gl.con
 def start_tile(
     HALF: gl.constexpr,
     queries,
-    k_smem,
-    v_smem,
-    v_pieces,
-    k_ready,
-    k_empty,
-    v_ready,
-    v_empty,
+    tiles,
+    barriers,
     step,
     num_tokens,
     plan,
@@ -112,6 +107,8 @@ def start_tile(
     UNIT_LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, UNIT, 16])
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     dtype: gl.constexpr = queries.dtype
+    _, k_smem, v_smem, v_pieces = tiles
+    _, _, k_ready, k_empty, v_ready, v_empty = barriers
     half_stage = step % STAGES
     half_phase = (step // STAGES) & 1
     stage = (step + 1) % STAGES
@@ -164,29 +161,15 @@ def store_rows(out, stride_token, values, query_start, first_row, query_len):
 @gluon.jit
 def consume(
     WARPGROUP: gl.constexpr,
-    out,
-    lse,
-    query_start_loc,
-    seq_lens,
+    tiles,
+    barriers,
+    work,
+    lengths,
     residues,
-    q_smem,
-    k_smem,
-    v_smem,
-    v_pieces,
-    q_ready,
-    q_empty,
-    k_ready,
-    k_empty,
-    v_ready,
-    v_empty,
-    scale_log2,
-    num_tiles,
-    num_work,
-    num_requests,
-    heads_per_section,
-    out_stride_token,
-    out_stride_head,
+    out_rows,
+    lse,
     lse_stride_token,
+    scale_log2,
     LOCAL_BLOCKS: gl.constexpr,
     VERT_STRIDE: gl.constexpr,
     STAGES: gl.constexpr,
@@ -195,6 +178,11 @@ def consume(
 
     The softmax of a step runs while the output of the one before is multiplied.
     """
+    q_smem, k_smem, v_smem, _ = tiles
+    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = barriers
+    num_tiles, num_work, num_requests, heads_per_section = work
+    query_start_loc, _, seq_lens = lengths
+    out, out_stride_token, out_stride_head = out_rows
     ROWS: gl.constexpr = TILE_M // 2
     HEAD_SIZE: gl.constexpr = v_smem.shape[2]
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -204,9 +192,9 @@ def consume(
     queries = q_smem.index(WARPGROUP)
     step = 0
     tiles_done = 0
-    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
+    for index in range(gl.program_id(0), num_work, gl.num_programs(0)):
         head, request, query_start, query_len, first_row = locate_tile(
-            work, num_tiles, num_requests, heads_per_section, query_start_loc
+            index, num_tiles, num_requests, heads_per_section, query_start_loc
         )
         if first_row < query_len:
             # Rows past the last query repeat it, so that every row has keys.
@@ -228,13 +216,8 @@ def consume(
             acc, weights, row_max, row_sum = start_tile(
                 1 - WARPGROUP,
                 queries,
-                k_smem,
-                v_smem,
-                v_pieces,
-                k_ready,
-                k_empty,
-                v_ready,
-                v_empty,
+                tiles,
+                barriers,
                 step,
                 num_tokens,
                 plan,

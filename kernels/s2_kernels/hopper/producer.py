@@ -19,12 +19,8 @@ NO_ROW = gl.constexpr(2**31 - 2**16)
 def row_of_unit(
     n,
     plan,
-    window_pages,
-    strided_pages,
-    window_page_rows,
-    strided_page_rows,
-    window_start,
-    strided_start,
+    window,
+    strided,
     residue,
     rank,
     PAGE_SLOTS: gl.constexpr,
@@ -33,8 +29,11 @@ def row_of_unit(
 ):
     """(whether unit n is of the window tier, row of its first token in the tier's array).
 
+    Of each tier: the request's row of its block table, rows in a page, and the head's first row.
     PAGE_SLOTS 0 stands for keys that are not paged: both tiers are the same array, a row for each token.
     """
+    window_pages, window_page_rows, window_start = window
+    strided_pages, strided_page_rows, strided_start = strided
     is_window, index = unit_at(n, plan)
     if PAGE_SLOTS == 0:
         row = window_start + gl.where(is_window, index, index * VERT_STRIDE + residue) * UNIT
@@ -62,36 +61,15 @@ def load_unit(
 @gluon.jit
 def produce(
     queries,
-    window_keys,
-    window_values,
-    strided_keys,
-    strided_values,
-    window_table,
-    strided_table,
-    query_start_loc,
-    key_start_loc,
-    seq_lens,
-    residues,
-    ranks,
+    window,
+    strided,
     q_smem,
     k_pieces,
     v_pieces,
-    q_ready,
-    q_empty,
-    k_ready,
-    k_empty,
-    v_ready,
-    v_empty,
-    num_tiles,
-    num_work,
-    num_requests,
-    heads_per_section,
-    window_table_stride,
-    strided_table_stride,
-    window_page_rows,
-    strided_page_rows,
-    window_head_rows,
-    strided_head_rows,
+    barriers,
+    work,
+    lengths,
+    heads,
     GROUP_SIZE: gl.constexpr,
     HEAD_SIZE: gl.constexpr,
     PAGE_SLOTS: gl.constexpr,
@@ -104,13 +82,26 @@ def produce(
 
     A stage of keys, or of values, is filled when both consumers have emptied it, and reported as ready.
     """
+    q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = barriers
+    num_tiles, num_work, num_requests, heads_per_section = work
+    query_start_loc, key_start_loc, seq_lens = lengths
+    residues, ranks = heads
+    window_keys, window_values, window_table, window_table_stride, window_page_rows, window_head_rows = window
+    (
+        strided_keys,
+        strided_values,
+        strided_table,
+        strided_table_stride,
+        strided_page_rows,
+        strided_head_rows,
+    ) = strided
     PANELS: gl.constexpr = HEAD_SIZE // PANEL
     STAGE_BYTES: gl.constexpr = 2 * UNIT * HEAD_SIZE * 2
     num_filled = 0
     tiles_done = 0
-    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
+    for index in range(gl.program_id(0), num_work, gl.num_programs(0)):
         head, request, query_start, query_len, first_row = locate_tile(
-            work, num_tiles, num_requests, heads_per_section, query_start_loc
+            index, num_tiles, num_requests, heads_per_section, query_start_loc
         )
         if first_row < query_len:
             context_len = gl.load(seq_lens + request) - query_len
@@ -134,6 +125,9 @@ def produce(
                 key_column = 0
                 value_column = HEAD_SIZE
 
+            window_rows = (window_pages, window_page_rows, window_start)
+            strided_rows = (strided_pages, strided_page_rows, strided_start)
+
             mbarrier.wait(q_empty, (tiles_done & 1) ^ 1)
             mbarrier.expect(q_ready, TILE_M * HEAD_SIZE * 2)
             for half in gl.static_range(2):
@@ -148,29 +142,13 @@ def produce(
                 values_0, values_1, value_row_0, value_row_1 = is_window_0, is_window_1, row_0, row_1
                 if n < num_units:
                     is_window_0, row_0 = row_of_unit(
-                        n,
-                        plan,
-                        window_pages,
-                        strided_pages,
-                        window_page_rows,
-                        strided_page_rows,
-                        window_start,
-                        strided_start,
-                        residue,
-                        rank,
-                        PAGE_SLOTS,
-                        VERT_STRIDE,
-                        NUM_KEPT,
+                        n, plan, window_rows, strided_rows, residue, rank, PAGE_SLOTS, VERT_STRIDE, NUM_KEPT
                     )
                     is_window_1, row_1 = row_of_unit(
                         n + 1,
                         plan,
-                        window_pages,
-                        strided_pages,
-                        window_page_rows,
-                        strided_page_rows,
-                        window_start,
-                        strided_start,
+                        window_rows,
+                        strided_rows,
                         residue,
                         rank,
                         PAGE_SLOTS,
