@@ -1,0 +1,55 @@
+"""The Hopper prefill kernel compiles for its GPU under the installed Triton, to the code it is meant to be.
+
+Gluon has no interpreter, so without a GPU this is what can be seen: that the matrix products are Hopper's
+own, that they run ahead, and that what they add to stays in registers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CASES: dict[str, dict[str, Any]] = {
+    "paged-128": {"dtype": "bf16", "HEAD_SIZE": 128, "PAGE_SLOTS": 64, "NUM_KEPT": 1},
+    "paged-128-kept4": {"dtype": "bf16", "HEAD_SIZE": 128, "PAGE_SLOTS": 256, "NUM_KEPT": 4},
+    "paged-64": {"dtype": "fp16", "HEAD_SIZE": 64, "PAGE_SLOTS": 64, "NUM_KEPT": 1},
+    "contiguous-128": {"dtype": "bf16", "HEAD_SIZE": 128, "PAGE_SLOTS": 0, "NUM_KEPT": 1},
+}
+
+
+def machine_code(case: dict[str, Any]) -> list[str]:
+    """Lines of the kernel's disassembly."""
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.hopper_sass", json.dumps({"GROUP_SIZE": 4, **case})],
+        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout.splitlines()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_matrix_products_run_ahead(case: dict[str, Any]) -> None:
+    lines = machine_code(case)
+    # Instructions of matrix products between waits for one. Where ptxas finds that registers of a product in
+    # flight are in use, it waits after every instruction.
+    runs = [0]
+    for line in lines:
+        if "WARPGROUP.DEPBAR" in line:
+            runs.append(0)
+        runs[-1] += "HGMMA" in line
+    # In the main loop of each consumer the logits of a step are followed at once by the output of the one
+    # before, in instructions of 16.
+    both_products = case["HEAD_SIZE"] // 16 + 128 // 16
+    assert sum(run >= both_products for run in runs) >= 2
+    # A few scalars may be kept in local memory; an accumulator of either consumer would be 128 accesses.
+    assert len([line for line in lines if "LDL" in line or "STL" in line]) < 128
