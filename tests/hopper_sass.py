@@ -6,7 +6,9 @@ A program of its own, because a process in which Triton interprets cannot compil
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import triton
@@ -56,7 +58,12 @@ def compile_for_hopper(dtype: str, **constants: Any) -> str:
         {(names.index(name),): value for name, value in constants.items()},
         {(n,): [["tt.divisibility", 16]] for n, name in enumerate(names) if name in ("out", *INT64)},
     )
-    return triton.compile(source, target=HOPPER, options={"num_warps": 4}).asm["sass"]
+    compiled = triton.compile(source, target=HOPPER, options={"num_warps": 4})
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = (triton.knobs.nvidia.nvdisasm.path, "--print-code", file.name)
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 if __name__ == "__main__":
