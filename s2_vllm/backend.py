@@ -163,9 +163,10 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
             head_tables(self.pattern, torch.empty(0, device=current_platform.device_type).device)
 
     def warm_up(self, kv_cache: torch.Tensor) -> None:
-        """Compile the prefill kernel, which the first request would wait for otherwise.
+        """Compile the prefill kernels, which the first requests would wait for otherwise.
 
-        vLLM's own warm-up runs decodes only. One query attends to whatever is in page 0.
+        vLLM's own warm-up runs decodes only. One query attends to whatever is in page 0; there are kernels
+        for short and for long sequences.
 
         Args:
             kv_cache: this layer's heads of a tier's pages; both tiers have the same shape.
@@ -177,10 +178,9 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
 
         q = kv_cache.new_zeros(1, self.num_heads, self.head_size)
         table = integers(0)[None]
-        caches_and_tables = (kv_cache, kv_cache, table, table)
-        paged_prefill(
-            q, *caches_and_tables, integers(0, 1), integers(1), self.pattern, self.scale, torch.empty_like(q)
-        )
+        arguments = (q, kv_cache, kv_cache, table, table, integers(0, 1), integers(1))
+        for max_seq_len in (1, self.pattern.window_tokens + 1):
+            paged_prefill(*arguments, self.pattern, self.scale, torch.empty_like(q), max_seq_len=max_seq_len)
 
     def forward(
         self,

@@ -54,29 +54,31 @@ unit_at = as_python(schedule.unit_at)
     local_blocks=st.integers(1, 20),
     vert_stride=st.integers(2, 9),
     residue=st.integers(0, 8),
+    in_halves=st.booleans(),
 )
-@example(first_position=20 * UNIT, rows=TILE_M, local_blocks=4, vert_stride=3, residue=1)
-@example(first_position=21 * UNIT, rows=TILE_M, local_blocks=1, vert_stride=2, residue=0)
-@example(first_position=0, rows=1, local_blocks=16, vert_stride=8, residue=0)
+@example(first_position=20 * UNIT, rows=TILE_M, local_blocks=4, vert_stride=3, residue=1, in_halves=True)
+@example(first_position=21 * UNIT, rows=TILE_M, local_blocks=1, vert_stride=2, residue=0, in_halves=True)
+@example(first_position=0, rows=1, local_blocks=16, vert_stride=8, residue=0, in_halves=True)
+@example(first_position=0, rows=1, local_blocks=16, vert_stride=8, residue=0, in_halves=False)
 def test_every_row_meets_each_block_of_its_set_once(
-    first_position: int, rows: int, local_blocks: int, vert_stride: int, residue: int
+    first_position: int, rows: int, local_blocks: int, vert_stride: int, residue: int, in_halves: bool
 ) -> None:
     residue %= vert_stride
     last_position = first_position + rows - 1
     num_units, masked_end, plan = plan_units(
-        first_position, last_position, residue, local_blocks, vert_stride
+        first_position, last_position, residue, local_blocks, vert_stride, in_halves
     )
     assert num_units % 2 == 0
-    assert num_units >= 4
-    units = [unit_at(n, plan) for n in range(num_units)]
+    assert num_units >= (4 if in_halves else 2)
+    units = [unit_at(n, plan, in_halves) for n in range(num_units)]
     for row in range(TILE_M):
         position = min(first_position + row, last_position)
         query_block = position // UNIT
         window_start = (query_block - local_blocks + 1) * UNIT
         met = []
         for n, (is_window, index) in enumerate(units):
-            # The first step has one unit for each half of the rows, the second one for the first half.
-            if n == row // (TILE_M // 2) and n < 2:
+            # A first step in halves has one unit for each half of the rows, the second one for the first.
+            if in_halves and n == row // (TILE_M // 2) and n < 2:
                 continue
             if index == NO_UNIT:
                 assert n < masked_end

@@ -273,7 +273,7 @@ def paged_prefill(
         scale: factor on the logits, positive.
         out: as q; rows of tokens that belong to no request are left as they are.
         max_seq_len: the longest sequence, or a bound, where the host knows one. It decides the order of the
-            work, never the result.
+            work, and the faster of two kernels, never the result.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or value; the message names it.

@@ -11,16 +11,31 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from s2_kernels.hopper.schedule import NO_UNIT, TILE_M, UNIT, locate_tile, plan_units, unit_at
+from s2_kernels.hopper.schedule import (
+    NO_UNIT,
+    TILE_M,
+    UNIT,
+    locate_tile,
+    plan_units,
+    unit_at,
+)
 
 BLOCK_N = gl.constexpr(128)
 LN_2 = gl.constexpr(0.6931471805599453)
 
 
 @gluon.jit
-def visible_keys(n, plan, residue, positions, window_starts, VERT_STRIDE: gl.constexpr):
+def visible_keys(
+    n,
+    plan,
+    residue,
+    positions,
+    window_starts,
+    VERT_STRIDE: gl.constexpr,
+    IN_HALVES: gl.constexpr,
+):
     """[rows]: how many leading keys of unit n each query sees. Windows and units start at blocks."""
-    is_window, index = unit_at(n, plan)
+    is_window, index = unit_at(n, plan, IN_HALVES)
     first_key = gl.where(is_window, index, index * VERT_STRIDE + residue) * UNIT
     is_seen = ((first_key >= window_starts) == is_window) & (index != NO_UNIT)
     return gl.where(is_seen, positions + 1 - first_key, 0)
@@ -29,17 +44,26 @@ def visible_keys(n, plan, residue, positions, window_starts, VERT_STRIDE: gl.con
 @gluon.jit
 def mask_unit(logits, n, plan, residue, positions, window_starts, VERT_STRIDE: gl.constexpr):
     """Logits [rows, UNIT] of unit n, -inf where a query does not see a key."""
-    visible = visible_keys(n, plan, residue, positions, window_starts, VERT_STRIDE)
+    visible = visible_keys(n, plan, residue, positions, window_starts, VERT_STRIDE, True)
     visible = gl.convert_layout(visible, gl.SliceLayout(1, logits.type.layout))
     columns = gl.arange(0, UNIT, layout=gl.SliceLayout(0, logits.type.layout))
     return gl.where(columns[None, :] < visible[:, None], logits, float("-inf"))
 
 
 @gluon.jit
-def mask_step(logits, n, plan, residue, positions, window_starts, VERT_STRIDE: gl.constexpr):
+def mask_step(
+    logits,
+    n,
+    plan,
+    residue,
+    positions,
+    window_starts,
+    VERT_STRIDE: gl.constexpr,
+    IN_HALVES: gl.constexpr,
+):
     """Logits [rows, BLOCK_N] of units n and n + 1, -inf where a query does not see a key."""
-    visible_0 = visible_keys(n, plan, residue, positions, window_starts, VERT_STRIDE)
-    visible_1 = visible_keys(n + 1, plan, residue, positions, window_starts, VERT_STRIDE)
+    visible_0 = visible_keys(n, plan, residue, positions, window_starts, VERT_STRIDE, IN_HALVES)
+    visible_1 = visible_keys(n + 1, plan, residue, positions, window_starts, VERT_STRIDE, IN_HALVES)
     columns = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, logits.type.layout))[None, :]
     ends = gl.where(columns < UNIT, visible_0[:, None], visible_1[:, None] + UNIT)
     return gl.where(columns < ends, logits, float("-inf"))
@@ -57,7 +81,12 @@ def softmax_step(logits, row_max, row_sum, scale_log2):
     decay = gl.exp2((row_max - new_max) * scale_log2)
     shift = gl.convert_layout(new_max * scale_log2, gl.SliceLayout(1, logits.type.layout))
     weights = gl.exp2(logits * scale_log2 - shift[:, None])
-    return weights, decay, new_max, row_sum * decay + gl.convert_layout(gl.sum(weights, 1), rows)
+    return (
+        weights,
+        decay,
+        new_max,
+        row_sum * decay + gl.convert_layout(gl.sum(weights, 1), rows),
+    )
 
 
 @gluon.jit
@@ -77,7 +106,49 @@ def zero_values_from(first, pieces, stage, HALF: gl.constexpr, HEAD_SIZE: gl.con
 
 
 @gluon.jit
-def start_tile(
+def start_whole(
+    queries,
+    tiles,
+    barriers,
+    step,
+    num_tokens,
+    plan,
+    residue,
+    positions,
+    window_starts,
+    row_max,
+    row_sum,
+    scale_log2,
+    OUTPUT: gl.constexpr,
+    VERT_STRIDE: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """The softmax of units 0 and 1, whose values are there by then: (weights, row_max, row_sum)."""
+    ROWS: gl.constexpr = queries.shape[0]
+    HEAD_SIZE: gl.constexpr = queries.shape[1]
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
+    _, k_smem, _, v_pieces = tiles
+    _, _, k_ready, k_empty, v_ready, _ = barriers
+    stage = step % STAGES
+    phase = (step // STAGES) & 1
+    mbarrier.wait(k_ready.index(stage), phase)
+    logits = gl.zeros([ROWS, BLOCK_N], gl.float32, LOGITS)
+    logits = warpgroup_mma(queries, k_smem.index(stage).permute([1, 0]), logits, use_acc=False)
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    logits = mask_step(logits, 0, plan, residue, positions, window_starts, VERT_STRIDE, False)
+    weights, _, row_max, row_sum = softmax_step(logits, row_max, row_sum, scale_log2)
+    mbarrier.wait(v_ready.index(stage), phase)
+    # The last block of a request may have slots without a token. Both warpgroups do this, each before its own
+    # product: they write the same.
+    _, unit = unit_at(0, plan, False)
+    if (num_tokens % UNIT != 0) & (unit == (num_tokens - 1) // UNIT):
+        zero_values_from(num_tokens % UNIT, v_pieces, stage, 0, HEAD_SIZE)
+    return gl.convert_layout(weights.to(queries.dtype), WEIGHTS), row_max, row_sum
+
+
+@gluon.jit
+def start_in_halves(
     HALF: gl.constexpr,
     queries,
     tiles,
@@ -120,14 +191,20 @@ def start_tile(
     half_logits = warpgroup_mma(queries, half_keys.permute([1, 0]), half_logits, use_acc=False, is_async=True)
     mbarrier.wait(k_ready.index(stage), phase)
     logits = gl.zeros([ROWS, BLOCK_N], gl.float32, LOGITS)
-    logits = warpgroup_mma(queries, k_smem.index(stage).permute([1, 0]), logits, use_acc=False, is_async=True)
+    logits = warpgroup_mma(
+        queries,
+        k_smem.index(stage).permute([1, 0]),
+        logits,
+        use_acc=False,
+        is_async=True,
+    )
     half_logits = warpgroup_mma_wait(1, deps=[half_logits])
     mbarrier.arrive(k_empty.index(half_stage), count=1)
     half_logits = mask_unit(half_logits, HALF, plan, residue, positions, window_starts, VERT_STRIDE)
     weights, _, row_max, row_sum = softmax_step(half_logits, row_max, row_sum, scale_log2)
     mbarrier.wait(v_ready.index(half_stage), half_phase)
     # The last block of a request may have slots without a token.
-    _, unit = unit_at(HALF, plan)
+    _, unit = unit_at(HALF, plan, True)
     if (num_tokens % UNIT != 0) & (unit == (num_tokens - 1) // UNIT):
         zero_values_from(num_tokens % UNIT, v_pieces, half_stage, HALF, HEAD_SIZE)
     weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
@@ -136,7 +213,7 @@ def start_tile(
     logits = warpgroup_mma_wait(1, deps=[logits])
     mbarrier.arrive(k_empty.index(stage), count=1)
     if masked_end > 2:
-        logits = mask_step(logits, 2, plan, residue, positions, window_starts, VERT_STRIDE)
+        logits = mask_step(logits, 2, plan, residue, positions, window_starts, VERT_STRIDE, True)
     next_weights, decay, row_max, row_sum = softmax_step(logits, row_max, row_sum, scale_log2)
     mbarrier.wait(v_ready.index(stage), phase)
     acc, weights, next_weights, decay = warpgroup_mma_wait(0, deps=[acc, weights, next_weights, decay])
@@ -172,6 +249,7 @@ def consume(
     scale_log2,
     LOCAL_BLOCKS: gl.constexpr,
     VERT_STRIDE: gl.constexpr,
+    IN_HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Attention of this warpgroup's half of every tile of this program.
@@ -206,48 +284,87 @@ def consume(
             window_starts = (positions // UNIT - LOCAL_BLOCKS + 1) * UNIT
             residue = gl.load(residues + head)
             num_units, masked_end, plan = plan_units(
-                context_len + first_row, last_position, residue, LOCAL_BLOCKS, VERT_STRIDE
+                context_len + first_row,
+                last_position,
+                residue,
+                LOCAL_BLOCKS,
+                VERT_STRIDE,
+                IN_HALVES,
             )
             acc = gl.zeros([ROWS, HEAD_SIZE], gl.float32, OUTPUT)
             row_max = gl.full([ROWS], -1e30, gl.float32, gl.SliceLayout(1, LOGITS))
             row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LOGITS))
 
             mbarrier.wait(q_ready, tiles_done & 1)
-            acc, weights, row_max, row_sum = start_tile(
-                1 - WARPGROUP,
-                queries,
-                tiles,
-                barriers,
-                step,
-                num_tokens,
-                plan,
-                masked_end,
-                residue,
-                positions,
-                window_starts,
-                acc,
-                row_max,
-                row_sum,
-                scale_log2,
-                VERT_STRIDE,
-                STAGES,
-            )
-            step += 1
+            if IN_HALVES:
+                acc, weights, row_max, row_sum = start_in_halves(
+                    1 - WARPGROUP,
+                    queries,
+                    tiles,
+                    barriers,
+                    step,
+                    num_tokens,
+                    plan,
+                    masked_end,
+                    residue,
+                    positions,
+                    window_starts,
+                    acc,
+                    row_max,
+                    row_sum,
+                    scale_log2,
+                    VERT_STRIDE,
+                    STAGES,
+                )
+                step += 1
+                first_unit = 4
+            else:
+                weights, row_max, row_sum = start_whole(
+                    queries,
+                    tiles,
+                    barriers,
+                    step,
+                    num_tokens,
+                    plan,
+                    residue,
+                    positions,
+                    window_starts,
+                    row_max,
+                    row_sum,
+                    scale_log2,
+                    OUTPUT,
+                    VERT_STRIDE,
+                    STAGES,
+                )
+                first_unit = 2
 
-            for n in range(4, num_units, 2):
+            for n in range(first_unit, num_units, 2):
                 last_stage = step % STAGES
                 step += 1
                 stage = step % STAGES
                 phase = (step // STAGES) & 1
                 mbarrier.wait(k_ready.index(stage), phase)
                 logits = warpgroup_mma(
-                    queries, k_smem.index(stage).permute([1, 0]), no_logits, use_acc=False, is_async=True
+                    queries,
+                    k_smem.index(stage).permute([1, 0]),
+                    no_logits,
+                    use_acc=False,
+                    is_async=True,
                 )
                 acc = warpgroup_mma(weights, v_smem.index(last_stage), acc, is_async=True)
                 logits = warpgroup_mma_wait(1, deps=[logits])
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 if n < masked_end:
-                    logits = mask_step(logits, n, plan, residue, positions, window_starts, VERT_STRIDE)
+                    logits = mask_step(
+                        logits,
+                        n,
+                        plan,
+                        residue,
+                        positions,
+                        window_starts,
+                        VERT_STRIDE,
+                        IN_HALVES,
+                    )
                 next_weights, decay, row_max, row_sum = softmax_step(logits, row_max, row_sum, scale_log2)
                 # Values are wanted in the next step only, but the wait for them keeps ptxas from moving the
                 # wait for the output up, before the softmax. The softmax's results are in that one's list

@@ -13,7 +13,10 @@ from functools import lru_cache
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from s2_kernels.hopper.consumer import BLOCK_N, consume
@@ -75,6 +78,7 @@ def prefill_fwd_kernel(
     LOCAL_BLOCKS: gl.constexpr,
     VERT_STRIDE: gl.constexpr,
     NUM_KEPT: gl.constexpr,
+    IN_HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Program p works on the tiles p, p + programs, ... of `locate_tile`."""
@@ -144,6 +148,7 @@ def prefill_fwd_kernel(
                     scale_log2,
                     LOCAL_BLOCKS,
                     VERT_STRIDE,
+                    IN_HALVES,
                     STAGES,
                 ),
             ),
@@ -162,6 +167,7 @@ def prefill_fwd_kernel(
                     scale_log2,
                     LOCAL_BLOCKS,
                     VERT_STRIDE,
+                    IN_HALVES,
                     STAGES,
                 ),
             ),
@@ -184,6 +190,7 @@ def prefill_fwd_kernel(
                     LOCAL_BLOCKS,
                     VERT_STRIDE,
                     NUM_KEPT,
+                    IN_HALVES,
                     STAGES,
                 ),
             ),
@@ -294,7 +301,11 @@ def _launch(
     num_work = num_tiles * num_heads
     heads = head_tables(pattern, q.device)
     queries = TensorDescriptor(
-        q, [num_tokens, num_heads * head_size], [q.stride(0), 1], [TILE_M.value // 2, head_size], SWIZZLED
+        q,
+        [num_tokens, num_heads * head_size],
+        [q.stride(0), 1],
+        [TILE_M.value // 2, head_size],
+        SWIZZLED,
     )
     prefill_fwd_kernel[(min(num_work, _num_multiprocessors(q.device)),)](
         queries,
@@ -321,6 +332,7 @@ def _launch(
         LOCAL_BLOCKS=pattern.local_blocks,
         VERT_STRIDE=pattern.vert_stride,
         NUM_KEPT=pattern.num_kept,
+        IN_HALVES=max_seq_len > pattern.window_tokens,
         STAGES=STAGES,
         num_warps=4,
     )

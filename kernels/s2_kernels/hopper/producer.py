@@ -7,7 +7,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from s2_kernels.hopper.gluon_api import tma_load
-from s2_kernels.hopper.schedule import NO_UNIT, TILE_M, UNIT, locate_tile, plan_units, unit_at
+from s2_kernels.hopper.schedule import (
+    NO_UNIT,
+    TILE_M,
+    UNIT,
+    locate_tile,
+    plan_units,
+    unit_at,
+)
 
 PANEL = gl.constexpr(64)
 """Columns of a swizzled row of 128 bytes, the widest box of a TMA load."""
@@ -26,6 +33,7 @@ def row_of_unit(
     PAGE_SLOTS: gl.constexpr,
     VERT_STRIDE: gl.constexpr,
     NUM_KEPT: gl.constexpr,
+    IN_HALVES: gl.constexpr,
 ):
     """(whether unit n is of the window tier, row of its first token in the tier's array).
 
@@ -34,7 +42,7 @@ def row_of_unit(
     """
     window_pages, window_page_rows, window_start = window
     strided_pages, strided_page_rows, strided_start = strided
-    is_window, index = unit_at(n, plan)
+    is_window, index = unit_at(n, plan, IN_HALVES)
     if PAGE_SLOTS == 0:
         row = window_start + gl.where(is_window, index, index * VERT_STRIDE + residue) * UNIT
     else:
@@ -48,7 +56,16 @@ def row_of_unit(
 
 @gluon.jit
 def load_unit(
-    window, strided, is_window, row, column, ready, pieces, stage, HALF: gl.constexpr, PANELS: gl.constexpr
+    window,
+    strided,
+    is_window,
+    row,
+    column,
+    ready,
+    pieces,
+    stage,
+    HALF: gl.constexpr,
+    PANELS: gl.constexpr,
 ):
     """Start the loads of a unit's keys or values into its half of a stage; `ready` will report them."""
     for panel in gl.static_range(PANELS):
@@ -76,6 +93,7 @@ def produce(
     LOCAL_BLOCKS: gl.constexpr,
     VERT_STRIDE: gl.constexpr,
     NUM_KEPT: gl.constexpr,
+    IN_HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Load the queries and units of every tile of this program.
@@ -86,7 +104,14 @@ def produce(
     num_tiles, num_work, num_requests, heads_per_section = work
     query_start_loc, key_start_loc, seq_lens = lengths
     residues, ranks = heads
-    window_keys, window_values, window_table, window_table_stride, window_page_rows, window_head_rows = window
+    (
+        window_keys,
+        window_values,
+        window_table,
+        window_table_stride,
+        window_page_rows,
+        window_head_rows,
+    ) = window
     (
         strided_keys,
         strided_values,
@@ -109,7 +134,12 @@ def produce(
             residue = gl.load(residues + head)
             rank = gl.load(ranks + head)
             num_units, _, plan = plan_units(
-                context_len + first_row, last_position, residue, LOCAL_BLOCKS, VERT_STRIDE
+                context_len + first_row,
+                last_position,
+                residue,
+                LOCAL_BLOCKS,
+                VERT_STRIDE,
+                IN_HALVES,
             )
             kv_head = head // GROUP_SIZE
             window_pages = window_table + request.to(gl.int64) * window_table_stride
@@ -139,10 +169,24 @@ def produce(
             is_window_0, is_window_1 = head < 0, head < 0
             row_0, row_1 = 0, 0
             for n in range(0, num_units + 2, 2):
-                values_0, values_1, value_row_0, value_row_1 = is_window_0, is_window_1, row_0, row_1
+                values_0, values_1, value_row_0, value_row_1 = (
+                    is_window_0,
+                    is_window_1,
+                    row_0,
+                    row_1,
+                )
                 if n < num_units:
                     is_window_0, row_0 = row_of_unit(
-                        n, plan, window_rows, strided_rows, residue, rank, PAGE_SLOTS, VERT_STRIDE, NUM_KEPT
+                        n,
+                        plan,
+                        window_rows,
+                        strided_rows,
+                        residue,
+                        rank,
+                        PAGE_SLOTS,
+                        VERT_STRIDE,
+                        NUM_KEPT,
+                        IN_HALVES,
                     )
                     is_window_1, row_1 = row_of_unit(
                         n + 1,
@@ -154,6 +198,7 @@ def produce(
                         PAGE_SLOTS,
                         VERT_STRIDE,
                         NUM_KEPT,
+                        IN_HALVES,
                     )
                     step = num_filled + n // 2
                     stage = step % STAGES

@@ -43,13 +43,22 @@ def locate_tile(work, num_tiles, num_requests, heads_per_section, query_start_lo
 
 
 @gluon.jit
-def plan_units(first_position, last_position, residue, LOCAL_BLOCKS: gl.constexpr, VERT_STRIDE: gl.constexpr):
+def plan_units(
+    first_position,
+    last_position,
+    residue,
+    LOCAL_BLOCKS: gl.constexpr,
+    VERT_STRIDE: gl.constexpr,
+    IN_HALVES: gl.constexpr,
+):
     """(number of units, end of those that need a mask, what `unit_at` needs) for queries at these positions.
 
-    Units 0 and 1 are a step of their own, in which each half of the tile has one of them: its own where the
-    tile is two whole blocks and the rest then needs no padding, the last block otherwise. In the order of the
-    visits, the others are: the rest of the blocks with the causal edge, those with the window's old edge, the
-    strided blocks that only the later rows are past, and then all that every row sees.
+    In the order of the visits: the blocks with the causal edge, from the last, those with the window's old
+    edge, the strided blocks that only the later rows are past, and then all that every row sees.
+
+    IN_HALVES: units 0 and 1 are a step of their own, in which each half of the tile has one of them: its own
+    where the tile is two whole blocks and the rest then needs no padding, the last block otherwise. That is
+    half a step less for most tiles, but half a step more for those whose window starts with the sequence.
     """
     first_block = first_position // UNIT
     last_block = last_position // UNIT
@@ -61,15 +70,24 @@ def plan_units(first_position, last_position, residue, LOCAL_BLOCKS: gl.constexp
     num_old = shared_first - window_first
     num_shared = gl.maximum(first_block - shared_first, 0)
     num_others = num_causal + num_old + num_any + num_shared
-    is_paired = (first_position % UNIT == 0) & (last_block == first_block + 1) & (num_old == 1)
-    is_paired = is_paired & (num_others % 2 == 1)
-    old_skipped = gl.where(is_paired, 1, 0)
-    causal_end = 2 + num_causal
-    old_end = causal_end + num_old - old_skipped
+    if IN_HALVES:
+        is_paired = (first_position % UNIT == 0) & (last_block == first_block + 1) & (num_old == 1)
+        is_paired = is_paired & (num_others % 2 == 1)
+        own_old = gl.where(is_paired, 1, 0)
+        causal_end = 2 + num_causal
+    else:
+        own_old = 0
+        causal_end = 1 + num_causal
+    old_end = causal_end + num_old - own_old
     edge_end = old_end + num_any - num_all
-    num_others -= old_skipped
-    masked_end = edge_end + gl.where(num_others == 0, 2, num_others % 2)
-    unit_1 = gl.where(is_paired, window_first, last_block)
+    num_others -= own_old
+    if IN_HALVES:
+        # A whole step follows in any case, if only of units without keys.
+        masked_end = edge_end + gl.where(num_others == 0, 2, num_others % 2)
+        unit_1 = gl.where(is_paired, window_first, last_block)
+    else:
+        masked_end = edge_end + (1 + num_others) % 2
+        unit_1 = last_block - 1
     plan = (
         causal_end,
         old_end,
@@ -78,7 +96,7 @@ def plan_units(first_position, last_position, residue, LOCAL_BLOCKS: gl.constexp
         num_shared,
         last_block,
         unit_1,
-        window_first + old_skipped,
+        window_first + own_old,
         shared_first,
         num_all,
     )
@@ -86,7 +104,7 @@ def plan_units(first_position, last_position, residue, LOCAL_BLOCKS: gl.constexp
 
 
 @gluon.jit
-def unit_at(n, plan):
+def unit_at(n, plan, IN_HALVES: gl.constexpr):
     """(whether unit n is of the window tier, its index there).
 
     The index counts blocks in the window tier, and the head's own blocks in the strided tier. It is NO_UNIT
@@ -110,6 +128,10 @@ def unit_at(n, plan):
     index = gl.where(after < 0, NO_UNIT, index)
     index = gl.where(n < edge_end, num_all + n - old_end, index)
     index = gl.where(n < old_end, old_first + n - causal_end, index)
-    index = gl.where(n < causal_end, last_block + 1 - n, index)
-    index = gl.where(n == 1, unit_1, index)
-    return is_window, gl.where(n == 0, last_block, index)
+    if IN_HALVES:
+        index = gl.where(n < causal_end, last_block + 1 - n, index)
+        index = gl.where(n == 1, unit_1, index)
+        index = gl.where(n == 0, last_block, index)
+    else:
+        index = gl.where(n < causal_end, last_block - n, index)
+    return is_window, index
