@@ -1,4 +1,4 @@
-"""Prints the machine code of the Hopper prefill kernel: python -m tests.hopper_sass '{"dtype": "bf16", ...}'.
+"""Prints the machine code of the Hopper prefill kernel for constants given as JSON.
 
 A program of its own, because a process in which Triton interprets cannot compile.
 """

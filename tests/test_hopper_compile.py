@@ -1,7 +1,7 @@
 """The Hopper prefill kernel compiles for its GPU under the installed Triton, to the code it is meant to be.
 
-Gluon has no interpreter, so without a GPU this is what can be seen: that the matrix products are Hopper's
-own, that they run ahead, and that what they add to stays in registers.
+What can be seen without a GPU: that the matrix products are Hopper's own, that they run ahead, and that what
+they add to stays in registers.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from typing import Any
 import pytest
 
 CASES: dict[str, dict[str, Any]] = {
-    "paged-128": {"dtype": "bf16", "HEAD_SIZE": 128, "PAGE_SLOTS": 64, "NUM_KEPT": 1},
-    "paged-128-kept4": {"dtype": "bf16", "HEAD_SIZE": 128, "PAGE_SLOTS": 256, "NUM_KEPT": 4},
-    "paged-64": {"dtype": "fp16", "HEAD_SIZE": 64, "PAGE_SLOTS": 64, "NUM_KEPT": 1},
-    "contiguous-128": {"dtype": "bf16", "HEAD_SIZE": 128, "PAGE_SLOTS": 0, "NUM_KEPT": 1},
+    "paged-128-short": {"HEAD_SIZE": 128, "PAGE_SLOTS": 64, "NUM_KEPT": 1, "IN_HALVES": False},
+    "paged-128": {"HEAD_SIZE": 128, "PAGE_SLOTS": 64, "NUM_KEPT": 1, "IN_HALVES": True},
+    "paged-128-kept4": {"HEAD_SIZE": 128, "PAGE_SLOTS": 256, "NUM_KEPT": 4, "IN_HALVES": True},
+    "paged-64": {"HEAD_SIZE": 64, "PAGE_SLOTS": 64, "NUM_KEPT": 1, "IN_HALVES": True},
+    "contiguous-128": {"HEAD_SIZE": 128, "PAGE_SLOTS": 0, "NUM_KEPT": 1, "IN_HALVES": True},
 }
 
 
 def machine_code(case: dict[str, Any]) -> list[str]:
     """Lines of the kernel's disassembly."""
     finished = subprocess.run(
-        [sys.executable, "-m", "tests.hopper_sass", json.dumps({"GROUP_SIZE": 4, **case})],
+        [sys.executable, "-m", "tests.hopper_sass", json.dumps({"dtype": "bf16", "GROUP_SIZE": 4, **case})],
         env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
         cwd=Path(__file__).parent.parent,
         capture_output=True,

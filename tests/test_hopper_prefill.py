@@ -1,0 +1,79 @@
+"""The Hopper prefill kernel's source, emulated on the CPU, against attention over contiguous keys.
+
+On a Hopper GPU `test_prefill` and `test_attention` run the compiled kernel.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from s2_kernels import hopper
+from s2_kernels.attention import s2_attention
+from s2_kernels.hopper import prefill
+from s2_kernels.pattern import S2Pattern
+from s2_kernels.prefill import paged_prefill
+from s2_kernels.reference import attention_reference
+from tests.contiguous import expected_attention
+from tests.gluon_emulator import emulated_prefill
+from tests.paged import Geometry, build_batch
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs tensors on the CPU")
+
+_build = S2Pattern.build
+GEOMETRIES = [
+    Geometry(_build(2, 1, local_blocks=2, vert_stride=3), 64),
+    Geometry(_build(4, 1, local_blocks=3, vert_stride=8, head_sliding_offset=1, pattern_heads="query"), 128),
+    Geometry(_build(2, 2, local_blocks=1, vert_stride=2), 64, 192),
+    Geometry(_build(1, 1, local_blocks=8, vert_stride=4), 128),
+]
+# (context, queries) of each request: starts and ends within blocks and at their edges, and none at all.
+BATCHES = {
+    "prompts": [(0, 300), (0, 1), (0, 64), (0, 449)],
+    "chunks": [(680, 280), (148, 100), (384, 128), (1000, 24)],
+    "mixed": [(0, 130), (0, 0), (600, 1), (1325, 80), (500, 0)],
+}
+
+
+@pytest.fixture(autouse=True)
+def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that is taken for a Hopper GPU with three multiprocessors."""
+    monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
+    monkeypatch.setattr(prefill, "prefill_fwd_kernel", emulated_prefill())
+    monkeypatch.setattr(prefill, "_num_multiprocessors", lambda device: 3)
+
+
+@pytest.mark.parametrize("max_seq_len", [1, None], ids=["short", "long"])
+@pytest.mark.parametrize("requests", BATCHES)
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_paged(geometry: Geometry, requests: str, max_seq_len: int | None) -> None:
+    """Both ways to start a tile are right for every length."""
+    dtype = torch.float16 if geometry.head_size == 64 else torch.bfloat16
+    batch = build_batch(geometry, BATCHES[requests], dtype=dtype, padding_tokens=3)
+    out = batch.poisoned_output()
+    arguments = batch.attention_arguments()
+    paged_prefill(*arguments, batch.pattern, batch.scale, out, max_seq_len=max_seq_len)
+    batch.check(out)
+
+
+@pytest.mark.parametrize("head_size", hopper.HEAD_SIZES)
+def test_contiguous_with_log_sum_exp(head_size: int) -> None:
+    pattern = _build(4, 2, local_blocks=2, vert_stride=4)
+    generator = torch.Generator().manual_seed(0)
+    starts, key_starts = [0, 200, 329], [0, 333, 962]
+    q = torch.randn(329, 4, head_size, generator=generator).half()
+    k, v = torch.randn(2, 962, 2, head_size, generator=generator).half()
+    scale = head_size**-0.5
+    out, lse = s2_attention(
+        q,
+        k,
+        v,
+        pattern,
+        cu_seqlens_q=torch.tensor(starts),
+        cu_seqlens_k=torch.tensor(key_starts),
+        return_lse=True,
+    )
+    expected = attention_reference(q, k, v, pattern, scale, starts, key_starts)
+    torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)
+    _, expected_lse = expected_attention(q[200:], k[333:], v[333:], pattern.block_mask(10), 64, scale)
+    torch.testing.assert_close(lse[:, 200:], expected_lse, atol=2e-3, rtol=2e-3)
