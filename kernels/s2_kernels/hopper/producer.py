@@ -55,24 +55,37 @@ def row_of_unit(
 
 
 @gluon.jit
-def load_unit(
-    window,
-    strided,
-    is_window,
-    row,
-    column,
-    ready,
-    pieces,
-    stage,
-    HALF: gl.constexpr,
-    PANELS: gl.constexpr,
-):
+def load_unit(window, strided, unit, column, ready, pieces, stage, HALF: gl.constexpr, PANELS: gl.constexpr):
     """Start the loads of a unit's keys or values into its half of a stage; `ready` will report them."""
+    is_window, row = unit
     for panel in gl.static_range(PANELS):
         piece = pieces.index((stage * PANELS + panel) * 2 + HALF)
         at = [row, column + panel * PANEL]
         tma_load(window, at, ready.index(stage), piece, pred=is_window)
         tma_load(strided, at, ready.index(stage), piece, pred=is_window == 0)
+
+
+@gluon.jit
+def fill_stage(
+    step,
+    window,
+    strided,
+    unit_0,
+    unit_1,
+    column,
+    ready,
+    empty,
+    pieces,
+    HEAD_SIZE: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Load the keys, or the values, of a step's two units, once both consumers have emptied the stage."""
+    PANELS: gl.constexpr = HEAD_SIZE // PANEL
+    stage = step % STAGES
+    mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+    mbarrier.expect(ready.index(stage), 2 * UNIT * HEAD_SIZE * 2)
+    load_unit(window, strided, unit_0, column, ready, pieces, stage, 0, PANELS)
+    load_unit(window, strided, unit_1, column, ready, pieces, stage, 1, PANELS)
 
 
 @gluon.jit
@@ -96,10 +109,7 @@ def produce(
     IN_HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Load the queries and units of every tile of this program.
-
-    A stage of keys, or of values, is filled when both consumers have emptied it, and reported as ready.
-    """
+    """Load the queries and units of every tile of this program."""
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = barriers
     num_tiles, num_work, num_requests, heads_per_section = work
     query_start_loc, key_start_loc, seq_lens = lengths
@@ -120,8 +130,6 @@ def produce(
         strided_page_rows,
         strided_head_rows,
     ) = strided
-    PANELS: gl.constexpr = HEAD_SIZE // PANEL
-    STAGE_BYTES: gl.constexpr = 2 * UNIT * HEAD_SIZE * 2
     num_filled = 0
     tiles_done = 0
     for index in range(gl.program_id(0), num_work, gl.num_programs(0)):
@@ -166,17 +174,11 @@ def produce(
             tiles_done += 1
 
             # The keys of a step are wanted before the values of the one before it.
-            is_window_0, is_window_1 = head < 0, head < 0
-            row_0, row_1 = 0, 0
+            unit_0, unit_1 = (head < 0, 0), (head < 0, 0)
             for n in range(0, num_units + 2, 2):
-                values_0, values_1, value_row_0, value_row_1 = (
-                    is_window_0,
-                    is_window_1,
-                    row_0,
-                    row_1,
-                )
+                last_0, last_1 = unit_0, unit_1
                 if n < num_units:
-                    is_window_0, row_0 = row_of_unit(
+                    unit_0 = row_of_unit(
                         n,
                         plan,
                         window_rows,
@@ -188,7 +190,7 @@ def produce(
                         NUM_KEPT,
                         IN_HALVES,
                     )
-                    is_window_1, row_1 = row_of_unit(
+                    unit_1 = row_of_unit(
                         n + 1,
                         plan,
                         window_rows,
@@ -200,61 +202,31 @@ def produce(
                         NUM_KEPT,
                         IN_HALVES,
                     )
-                    step = num_filled + n // 2
-                    stage = step % STAGES
-                    mbarrier.wait(k_empty.index(stage), ((step // STAGES) & 1) ^ 1)
-                    mbarrier.expect(k_ready.index(stage), STAGE_BYTES)
-                    load_unit(
+                    fill_stage(
+                        num_filled + n // 2,
                         window_keys,
                         strided_keys,
-                        is_window_0,
-                        row_0,
+                        unit_0,
+                        unit_1,
                         key_column,
                         k_ready,
+                        k_empty,
                         k_pieces,
-                        stage,
-                        0,
-                        PANELS,
-                    )
-                    load_unit(
-                        window_keys,
-                        strided_keys,
-                        is_window_1,
-                        row_1,
-                        key_column,
-                        k_ready,
-                        k_pieces,
-                        stage,
-                        1,
-                        PANELS,
+                        HEAD_SIZE,
+                        STAGES,
                     )
                 if n > 0:
-                    step = num_filled + n // 2 - 1
-                    stage = step % STAGES
-                    mbarrier.wait(v_empty.index(stage), ((step // STAGES) & 1) ^ 1)
-                    mbarrier.expect(v_ready.index(stage), STAGE_BYTES)
-                    load_unit(
+                    fill_stage(
+                        num_filled + n // 2 - 1,
                         window_values,
                         strided_values,
-                        values_0,
-                        value_row_0,
+                        last_0,
+                        last_1,
                         value_column,
                         v_ready,
+                        v_empty,
                         v_pieces,
-                        stage,
-                        0,
-                        PANELS,
-                    )
-                    load_unit(
-                        window_values,
-                        strided_values,
-                        values_1,
-                        value_row_1,
-                        value_column,
-                        v_ready,
-                        v_pieces,
-                        stage,
-                        1,
-                        PANELS,
+                        HEAD_SIZE,
+                        STAGES,
                     )
             num_filled += num_units // 2
