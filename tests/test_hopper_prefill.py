@@ -40,7 +40,7 @@ def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that is taken for a Hopper GPU with three multiprocessors."""
     monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
     monkeypatch.setattr(prefill, "prefill_fwd_kernel", emulated_prefill())
-    monkeypatch.setattr(prefill, "_num_multiprocessors", lambda device: 3)
+    monkeypatch.setattr(prefill, "num_multiprocessors", lambda device: 3)
 
 
 @pytest.mark.parametrize("max_seq_len", [1, None], ids=["short", "long"])

@@ -7,8 +7,6 @@ is done by it; what several programs found of one is combined by log-sum-exp in 
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +22,7 @@ from s2_kernels.decode_schedule import (
     request_ends,
     share_start,
 )
+from s2_kernels.device import num_multiprocessors, nvidia_capability
 from s2_kernels.layout import head_tables
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.tiles import (
@@ -273,19 +272,9 @@ def decode_config(head_padded: int, block_size: int, num_kept: int, dtype: torch
     return config | {"BLOCK_N": min(block_size, config["BLOCK_N"])}
 
 
-@lru_cache
-def _num_multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-@lru_cache
 def _has_pdl(device: torch.device) -> bool:
     """Whether a kernel can be started before the one it depends on ends (programmatic dependent launch)."""
-    if device.type != "cuda" or torch.version.hip is not None or triton.knobs.runtime.interpret:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    return nvidia_capability(device) >= (9, 0) and not triton.knobs.runtime.interpret
 
 
 def paged_decode(
@@ -345,7 +334,7 @@ def paged_decode(
     config = decode_config(head_padded, pattern.block_size, pattern.num_kept, q.dtype)
     programs_per_processor = config.pop("programs_per_processor")
     if num_programs is None:
-        num_programs = programs_per_processor * _num_multiprocessors(q.device)
+        num_programs = programs_per_processor * num_multiprocessors(q.device)
 
     lse = torch.empty(num_programs, 2, pattern.group_size, dtype=torch.float32, device=q.device)
     partial = torch.empty(*lse.shape, head_size, dtype=torch.float32, device=q.device)

@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 
+from s2_kernels.device import nvidia_capability
 from s2_kernels.pattern import S2Pattern
 
 BLOCK_SIZE = 64
@@ -34,10 +33,8 @@ def supports(pattern: S2Pattern, q: torch.Tensor, *keys_and_values: torch.Tensor
     )
 
 
-@lru_cache
 def _is_hopper(device: torch.device) -> bool:
-    is_nvidia = device.type == "cuda" and torch.version.hip is None
-    return is_nvidia and torch.cuda.get_device_capability(device) == (9, 0)
+    return nvidia_capability(device) == (9, 0)
 
 
 def _has_rows(tensor: torch.Tensor) -> bool:

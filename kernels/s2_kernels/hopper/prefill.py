@@ -8,8 +8,6 @@ Programs are persistent, so that the loads for a tile begin while the one before
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -19,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from s2_kernels.device import num_multiprocessors
 from s2_kernels.hopper.consumer import BLOCK_N, consume
 from s2_kernels.hopper.gluon_api import reinterpret
 from s2_kernels.hopper.producer import PANEL, produce
@@ -307,7 +306,7 @@ def _launch(
         [TILE_M.value // 2, head_size],
         SWIZZLED,
     )
-    prefill_fwd_kernel[(min(num_work, _num_multiprocessors(q.device)),)](
+    prefill_fwd_kernel[(min(num_work, num_multiprocessors(q.device)),)](
         queries,
         *keys_and_values,
         *tables,
@@ -354,8 +353,3 @@ def _rows(tensor: torch.Tensor, columns: int) -> TensorDescriptor:
         sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) // row
     )
     return TensorDescriptor(tensor, [last_row + 1, columns], [row, 1], [UNIT.value, PANEL.value], SWIZZLED)
-
-
-@lru_cache
-def _num_multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
