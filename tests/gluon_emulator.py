@@ -26,7 +26,8 @@ PATIENCE = 20.0
 class Value(torch.Tensor):
     """A tensor in registers, or a scalar: layouts are of no consequence here."""
 
-    type = SimpleNamespace(layout=None)  # type: ignore[assignment]
+    # In the place of torch's method of that name: kernels ask it for the layout.
+    type = SimpleNamespace(layout=None)
 
 
 def value(x: Any, dtype: torch.dtype | None = None) -> Value:
@@ -281,11 +282,11 @@ class EmulatedKernel:
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
             for program in range(grid[0]):
-                self._for(Language(program, grid[0]))(*map(_argument, arguments), **constants)
+                self.function(Language(program, grid[0]))(*map(_argument, arguments), **constants)
 
         return launch
 
-    def _for(self, language: Language) -> Callable[..., None]:
+    def function(self, language: Any) -> Callable[..., Any]:
         """The kernel as a Python function, in a world where its names mean what this module says."""
         world: dict[str, Any] = {**self.constants}
         for name, function in self.functions.items():

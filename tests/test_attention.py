@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from itertools import pairwise
 
 import pytest
 import torch
 
 from s2_kernels import hopper
 from s2_kernels.attention import attend, s2_attention
+from s2_kernels.hopper import prefill
 from s2_kernels.masks import BlockMask, local_window, sink_blocks
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.reference import attention_reference
 from s2_kernels.sequences import Span
 from tests.contiguous import expected_attention, random_causal_mask
+from tests.gluon_emulator import emulated_prefill
 from tests.paged import DEVICE, DTYPE_NAMES, DTYPES, TOLERANCES
 
 PATTERN = S2Pattern.build(4, 2, block_size=16, local_blocks=2, vert_stride=3)
@@ -132,38 +133,15 @@ def test_window_over_everything_is_dense_causal_attention(device: str) -> None:
     assert_close(out[0].transpose(0, 1), dense)
 
 
-def stand_in(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    key_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    pattern: S2Pattern,
-    scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-) -> None:
-    """What the Hopper kernel is to do with its arguments, request by request."""
-    blocks = pattern.block_mask(-(-int(seq_lens.max()) // pattern.block_size))
-    for n, (first, end) in enumerate(pairwise(query_start_loc.tolist())):
-        keys = slice(int(key_start_loc[n]), int(key_start_loc[n] + seq_lens[n]))
-        out[first:end], of_heads = expected_attention(
-            q[first:end], k[keys], v[keys], blocks, pattern.block_size, scale
-        )
-        lse[first:end] = of_heads.T
-
-
 @pytest.fixture
 def on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[S2Pattern]:
-    """The patterns of the calls that took the Hopper path, whose kernel a stand-in replaces on the CPU."""
-    from s2_kernels.hopper import prefill
-
+    """The patterns of the calls that took the Hopper path, whose kernel is emulated on the CPU."""
     kernel = prefill.contiguous_prefill_fwd
     if DEVICE == "cpu":
-        kernel = stand_in
+        monkeypatch.setattr(prefill, "prefill_fwd_kernel", emulated_prefill())
         monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
     elif not hopper._is_hopper(torch.device(DEVICE)):
+        # Another GPU takes the portable kernel, which the other tests are about.
         pytest.skip("needs a Hopper GPU")
     calls: list[S2Pattern] = []
 

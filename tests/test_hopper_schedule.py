@@ -6,9 +6,7 @@ arithmetic; here it runs on Python's own integers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import FunctionType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given, settings
@@ -16,35 +14,22 @@ from hypothesis import strategies as st
 
 from s2_kernels.hopper import schedule
 from s2_kernels.pattern import S2Pattern
+from tests.gluon_emulator import EmulatedKernel, Pointer
 
 UNIT, TILE_M = schedule.UNIT.value, schedule.TILE_M.value
 NO_UNIT = schedule.NO_UNIT.value
 
 
-class Pointer:
-    """A pointer into a list: adding to it moves it."""
-
-    def __init__(self, values: list[int], offset: int = 0) -> None:
-        self.values, self.offset = values, offset
-
-    def __add__(self, offset: int) -> Pointer:
-        return Pointer(self.values, self.offset + offset)
-
-
-def as_python(function: Any) -> Callable[..., Any]:
-    """A compiled function, on integers and `Pointer`s."""
-    language = SimpleNamespace(
-        where=lambda condition, yes, no: yes if condition else no,
-        maximum=max,
-        load=lambda pointer: pointer.values[pointer.offset],
-    )
-    constants = {"gl": language, "UNIT": UNIT, "TILE_M": TILE_M, "NO_UNIT": NO_UNIT}
-    return FunctionType(function.fn.__code__, constants)
-
-
-locate_tile = as_python(schedule.locate_tile)
-plan_units = as_python(schedule.plan_units)
-unit_at = as_python(schedule.unit_at)
+# Scalars stay Python's own integers: the functions are called thousands of times.
+INTEGERS = SimpleNamespace(
+    where=lambda condition, yes, no: yes if condition else no,
+    maximum=max,
+    load=lambda pointer: pointer.memory[pointer.offset],
+)
+locate_tile, plan_units, unit_at = (
+    EmulatedKernel(function, (schedule,)).function(INTEGERS)
+    for function in (schedule.locate_tile, schedule.plan_units, schedule.unit_at)
+)
 
 
 @settings(max_examples=400, deadline=None)
