@@ -22,11 +22,11 @@ from statistics import geometric_mean
 import torch
 
 from benchmarks.geometries import GEOMETRIES
-from benchmarks.kernels.__main__ import DTYPE, Measure, num_input_sets, run_implementation
 from benchmarks.kernels.cases import Case
 from benchmarks.kernels.check import Expected
 from benchmarks.kernels.implementations import IMPLEMENTATIONS
 from benchmarks.kernels.inputs import random_inputs
+from benchmarks.kernels.run import DTYPE, Measure, num_input_sets, run_implementation
 from benchmarks.kernels.timing import Launch, median_ms
 from s2_kernels.configs import Config, current_gpu, load_table, table_path, trial
 from s2_vllm.config import S2Config

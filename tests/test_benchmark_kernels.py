@@ -17,6 +17,7 @@ from benchmarks.kernels import cases, check, implementations, report, work
 from benchmarks.kernels.cases import Case
 from benchmarks.kernels.flex import flex_block_mask
 from benchmarks.kernels.inputs import DENSE_PAGE_TOKENS, random_inputs
+from benchmarks.kernels.run import run_case
 from benchmarks.results_file import write_results
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.reference import attention_reference, token_mask
@@ -219,7 +220,7 @@ def test_dense_pages_hold_the_keys() -> None:
 
 
 def run(case: Case, *impls: str) -> list[dict[str, Any]]:
-    return command.run_case(case, impls, CPU, torch.float32, lambda launches, in_graph: 2.0)
+    return run_case(case, impls, CPU, torch.float32, lambda launches, in_graph: 2.0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -6,5 +6,6 @@ implementations  how each implementation is called on them
 check            whether what it returned is right
 timing           how long it took
 work             FLOP and bytes, which turn times into rates
+run              one case, from its inputs to its records
 report           tables
 """

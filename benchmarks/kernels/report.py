@@ -40,10 +40,10 @@ def table(op: str, records: list[Record]) -> str:
             fraction = rate / copy if copy else None
         else:
             fraction = rate / peers["fa3"]["tflops"] if "fa3" in peers else None
-        speedups = [peers[name]["ms"] / row["ms"] if name in peers else None for name in BASELINES]
+        over = " | ".join(_speedup(row, peers.get(name)) for name in BASELINES)
         lines.append(
-            what + f"| {row['ms']:.4g} | {rate:.0f} | {_ratio(fraction)} | {_ratio(speedups[0], 'x')} "
-            f"| {_ratio(speedups[1], 'x')} | {row['max_rel_err']:.1e} |"
+            what
+            + f"| {row['ms']:.4g} | {rate:.0f} | {_ratio(fraction)} | {over} | {row['max_rel_err']:.1e} |"
         )
     return "\n".join(lines)
 
@@ -64,9 +64,9 @@ def _compute_summary(records: list[Record]) -> str:
         if row is not longest[row["op"], row["geometry"]]:
             continue
         peers = _peers(row, records)
-        over = [peers[name]["ms"] / row["ms"] if name in peers else None for name in (*BASELINES, "flex")]
+        over = [_speedup(row, peers.get(name)) for name in (*BASELINES, "flex")]
         share = row["tflops"] / peers["fa3"]["tflops"] if "fa3" in peers else None
-        cells = [f"{row['ms']:.3g}", f"{row['tflops']:.0f}", _ratio(share), *(_ratio(x, "x") for x in over)]
+        cells = [f"{row['ms']:.3g}", f"{row['tflops']:.0f}", _ratio(share), *over]
         lines.append(f"| {row['op']} | {row['geometry']} | {row['seq_len']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -78,13 +78,11 @@ def _memory_summary(records: list[Record]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in _times_of_s2(records, "gbps"):
-        fa3 = _peers(row, records).get("fa3")
-        over = None if fa3 is None else fa3["ms"] / row["ms"]
         cells = [
             f"{row['ms'] * 1e3:.1f}",
             f"{row['gbps'] / 1e3:.2f}",
             _ratio(row["gbps"] / copy),
-            _ratio(over, "x"),
+            _speedup(row, _peers(row, records).get("fa3")),
         ]
         shape = f"{row['batch']} x {row['seq_len']}"
         lines.append(f"| {row['op']} | {row['geometry']} | {shape} | {' | '.join(cells)} |")
@@ -117,5 +115,9 @@ def _case(record: Record) -> tuple[Any, ...]:
     return record["geometry"], record["batch"], record["seq_len"]
 
 
-def _ratio(value: float | None, suffix: str = "") -> str:
-    return "" if value is None else f"{value:.2f}{suffix}"
+def _speedup(row: Record, peer: Record | None) -> str:
+    return "" if peer is None else f"{peer['ms'] / row['ms']:.2f}x"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
