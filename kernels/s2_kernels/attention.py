@@ -54,7 +54,7 @@ def s2_attention(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or value; the message names it.
-        NotImplementedError: an input needs a gradient.
+        NotImplementedError: an input needs a gradient; there is no backward pass.
     """
     is_packed = q.dim() == 3
     if is_packed:
@@ -104,7 +104,7 @@ def attend(
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or value; the message names it.
-        NotImplementedError: an input needs a gradient.
+        NotImplementedError: an input needs a gradient; there is no backward pass.
     """
     check_shapes(q, k, v)
     _check_no_gradient(q, k, v)
@@ -273,7 +273,7 @@ def _longest(spans: tuple[Span, ...]) -> int:
 
 
 def _check_no_gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Raise NotImplementedError when autograd would expect a gradient that nothing here computes."""
+    """Raise NotImplementedError when autograd expects a gradient: that there is none would go unnoticed."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if torch.is_grad_enabled() and tensor.requires_grad:
             raise NotImplementedError(

@@ -54,7 +54,7 @@ class SparseAttention(torch.nn.Module):
 
         Raises:
             ValueError: an argument has a wrong shape, dtype or value; the message names it.
-            NotImplementedError: `causal` is false.
+            NotImplementedError: `causal` is false; the kernels never look at later keys.
         """
         super().__init__()
         _check_causal(causal)
@@ -110,7 +110,7 @@ class SparseAttention(torch.nn.Module):
 
         Raises:
             ValueError: an argument has a wrong shape, dtype or value; the message names it.
-            NotImplementedError: an input needs a gradient.
+            NotImplementedError: an input needs a gradient; there is no backward pass.
         """
         q, k, v = _split(q, k, v, split_qkv)
         is_packed = q.dim() == 3
@@ -201,7 +201,7 @@ class LocalStrideSparseAttention(SparseAttention):
 
         Raises:
             ValueError: an argument has a wrong value; the message names it.
-            NotImplementedError: `causal` is false.
+            NotImplementedError: `causal` is false; the kernels never look at later keys.
         """
         _check_causal(causal)
         if num_kv_heads is None:
@@ -244,6 +244,7 @@ class LocalStrideSparseAttention(SparseAttention):
 
 
 def _check_causal(causal: bool) -> None:
+    # Refused and not ignored: the kernels never look at later keys.
     if not causal:
         raise NotImplementedError("causal: False, expected True: non-causal attention is not supported")
 
