@@ -84,8 +84,8 @@ def test_surplus_keys_or_slots_are_ignored(keys: int, slots: int) -> None:
         torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-def test_what_was_written_is_what_attention_reads() -> None:
-    batch = build_batch(GEOMETRIES[2], [(0, 130), (0, 20)], padding_tokens=2)
+def check_what_attention_reads(batch: PagedBatch) -> None:
+    """Store the batch's tokens in empty caches, and attend to them there."""
     batch.window_cache.fill_(torch.nan)
     write_cache(
         batch.key,
@@ -99,6 +99,11 @@ def test_what_was_written_is_what_attention_reads() -> None:
     out = batch.poisoned_output()
     paged_prefill(*batch.attention_arguments(), batch.pattern, batch.scale, out)
     batch.check(out)
+
+
+def test_what_was_written_is_what_attention_reads() -> None:
+    batch = build_batch(GEOMETRIES[2], [(0, 130), (0, 20)], padding_tokens=2)
+    check_what_attention_reads(batch)
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -122,16 +127,4 @@ def test_wrong_arguments_are_named() -> None:
 def test_pages_past_32_bit_offsets() -> None:
     batch = build_batch(SMALL, [(0, 160)], dtype=torch.bfloat16)
     move_to_far_pages(batch)
-    batch.window_cache.fill_(torch.nan)
-    write_cache(
-        batch.key,
-        batch.value,
-        batch.window_cache,
-        batch.strided_cache,
-        batch.window_slots,
-        batch.strided_slots,
-        batch.pattern,
-    )
-    out = batch.poisoned_output()
-    paged_prefill(*batch.attention_arguments(), batch.pattern, batch.scale, out)
-    batch.check(out)
+    check_what_attention_reads(batch)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -59,21 +58,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """How an engine's tokens compare with the oracle's, each given the engine's own prefix.
-
-    Attributes:
-        total: tokens compared.
-        decided: tokens for which the oracle's top-1 margin exceeds the error bound.
-        mismatches: (index, engine's token, oracle's token, margin) of the decided ones that differ.
-    """
-
-    total: int
-    decided: int
-    mismatches: list[tuple[int, int, int, float]]
-
-
 class Oracle:
     """A Phi-3-small checkpoint in float32.
 
@@ -113,25 +97,6 @@ class Oracle:
             margins.append(float(top.values[0] - top.values[1]))
             step = tokens[-1:]
         return tokens, margins
-
-    def agreement(self, prompt: Sequence[int], tokens: Sequence[int], error_bound: float) -> Agreement:
-        """Compare an engine's greedy `tokens` with the oracle's top-1 after the same prefix.
-
-        Args:
-            prompt: the engine's prompt.
-            tokens: what the engine generated.
-            error_bound: the largest difference of two logits that the engine's dtype explains; a smaller
-                margin decides nothing.
-        """
-        top = self.logits([*prompt, *tokens])[len(prompt) - 1 : -1].topk(2)
-        margins = top.values[:, 0] - top.values[:, 1]
-        decided = margins > error_bound
-        mismatches = [
-            (t, token, int(top.indices[t, 0]), float(margins[t]))
-            for t, token in enumerate(tokens)
-            if decided[t] and token != int(top.indices[t, 0])
-        ]
-        return Agreement(len(tokens), int(decided.sum()), mismatches)
 
     def _empty_cache(self) -> Cache:
         nothing = torch.empty(0, self.config["num_key_value_heads"], self.head_size)
