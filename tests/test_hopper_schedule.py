@@ -26,10 +26,21 @@ INTEGERS = SimpleNamespace(
     maximum=max,
     load=lambda pointer: pointer.memory[pointer.offset],
 )
-locate_tile, plan_units, unit_at = (
+tile_start, locate_tile, plan_units, unit_at = (
     EmulatedKernel(function, (schedule,)).function(INTEGERS)
-    for function in (schedule.locate_tile, schedule.plan_units, schedule.unit_at)
+    for function in (schedule.tile_start, schedule.locate_tile, schedule.plan_units, schedule.unit_at)
 )
+
+
+def work_of_program(program: int, programs: int, num_work: int) -> list[int]:
+    """The work indices that a program takes, one after the other."""
+    grid = {"program_id": lambda axis: program, "num_programs": lambda axis: programs}
+    language = SimpleNamespace(**vars(INTEGERS), **grid)
+    num_turns, work_of_turn = (
+        EmulatedKernel(function, (schedule,)).function(language)
+        for function in (schedule.num_turns, schedule.work_of_turn)
+    )
+    return [work_of_turn(turn, num_work) for turn in range(num_turns(num_work))]
 
 
 @settings(max_examples=400, deadline=None)
@@ -83,11 +94,18 @@ def test_every_row_meets_each_block_of_its_set_once(
         assert sorted(met) == expected
 
 
+@given(programs=st.integers(1, 40), num_work=st.integers(1, 200))
+def test_every_work_index_is_taken_once(programs: int, num_work: int) -> None:
+    taken = [work_of_program(program, programs, num_work) for program in range(programs)]
+    assert sorted(index for indices in taken for index in indices) == list(range(num_work))
+    assert all(indices == sorted(indices, reverse=True) for indices in taken)
+
+
 @pytest.mark.parametrize("heads_per_section", [1, 2, 4])
-@pytest.mark.parametrize("lengths", [[300], [0, 128, 1, 0, 129, 500], [5, 5, 5]], ids=str)
+@pytest.mark.parametrize("lengths", [[300], [0, 128, 1, 0, 129, 500], [5, 5, 5], [0, 0]], ids=str)
 def test_every_tile_of_every_head_has_one_work_index(lengths: list[int], heads_per_section: int) -> None:
     starts = [sum(lengths[:n]) for n in range(len(lengths) + 1)]
-    num_heads, num_tiles = 4, starts[-1] // TILE_M + len(lengths)
+    num_heads, num_tiles = 4, tile_start(starts[-1], len(lengths))
     found = []
     for work in range(num_tiles * num_heads):
         head, request, query_start, query_len, first_row = locate_tile(
@@ -105,11 +123,32 @@ def test_every_tile_of_every_head_has_one_work_index(lengths: list[int], heads_p
     assert sorted(found) == expected
 
 
-def test_long_tiles_come_first_and_heads_in_sections() -> None:
+@pytest.mark.parametrize("length", [1, TILE_M - 1, TILE_M, TILE_M + 1, 5 * TILE_M])
+def test_a_lone_request_has_no_empty_tile(length: int) -> None:
+    assert tile_start(length, 1) == -(-length // TILE_M)
+
+
+def test_long_tiles_come_first_at_last_and_heads_in_sections() -> None:
     starts = Pointer([0, 4 * TILE_M - 1])
-    order = [locate_tile(work, 4, 1, 2, starts) for work in range(16)]
-    assert [head for head, *_ in order] == [0, 1] * 4 + [2, 3] * 4
-    assert [first_row for *_, first_row in order[:8:2]] == [3 * TILE_M, 2 * TILE_M, TILE_M, 0]
+    order = [locate_tile(work, 4, 1, 2, starts) for work in reversed(range(16))]
+    assert [head for head, *_ in order] == [3, 2] * 4 + [1, 0] * 4
+    rows = [first_row for *_, first_row in order[::2]]
+    assert rows == [0, TILE_M, 2 * TILE_M, 3 * TILE_M, 3 * TILE_M, 2 * TILE_M, TILE_M, 0]
+
+
+def test_programs_share_a_prompt_within_the_window_evenly() -> None:
+    """32 heads and 1024 tokens on 132 multiprocessors: the longest share is one step more than the mean's."""
+    heads, tokens, programs = 32, 1024, 132
+    num_tiles = tile_start(tokens, 1)
+    shares = []
+    for program in range(programs):
+        steps = 0
+        for work in work_of_program(program, programs, num_tiles * heads):
+            *_, first_row = locate_tile(work, num_tiles, 1, heads, Pointer([0, tokens]))
+            num_units, *_ = plan_units(first_row, first_row + TILE_M - 1, 0, tokens // UNIT, 8, False)
+            steps += num_units // 2
+        shares.append(steps)
+    assert max(shares) == sum(shares) // programs + 1
 
 
 def test_pattern_agrees_with_the_specification() -> None:

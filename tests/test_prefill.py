@@ -121,6 +121,11 @@ def test_wrong_arguments_are_named() -> None:
         paged_prefill(q, window, strided, *rest, tiny, scale, out)
 
 
+def test_every_request_of_many_has_its_tile() -> None:
+    batch = build_batch(SMALL, [(n, 1) for n in range(40)])
+    batch.check(run(batch))
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA GPU: a cache of more than 2**31 elements")
 def test_pages_past_32_bit_offsets() -> None:
     batch = build_batch(SMALL, [(100, 60)], dtype=torch.bfloat16)

@@ -28,16 +28,22 @@ from s2_kernels.tiles import (
 
 
 @triton.jit
-def request_of_tile(query_start_loc, tile, num_requests, BLOCK_M: tl.constexpr):
-    """The last request n whose tiles start at or before `tile`: they start at starts[n] // BLOCK_M + n.
+def tile_start(query_start, request, BLOCK_M: tl.constexpr):
+    """The first tile of a request, or of the one past the last: the number of tiles.
 
-    Every request gets at least ceil(queries / BLOCK_M) tiles, and the grid depends on shapes only.
+    Each has at least ceil(queries / BLOCK_M), so that the grid depends on shapes only; a lone one no more.
     """
+    return (query_start + request * (BLOCK_M - 1)) // BLOCK_M
+
+
+@triton.jit
+def request_of_tile(query_start_loc, tile, num_requests, BLOCK_M: tl.constexpr):
+    """The last request whose tiles start at or before `tile`."""
     low = tl.full((), 0, tl.int32)
     high = low + num_requests
     while high - low > 1:
         middle = (low + high) // 2
-        starts_before = tl.load(query_start_loc + middle) // BLOCK_M + middle <= tile
+        starts_before = tile_start(tl.load(query_start_loc + middle), middle, BLOCK_M) <= tile
         low = tl.where(starts_before, middle, low)
         high = tl.where(starts_before, high, middle)
     return low
@@ -98,7 +104,7 @@ def paged_prefill_fwd_kernel(
     request = request_of_tile(query_start_loc, tile, num_requests, BLOCK_M)
     query_start = tl.load(query_start_loc + request)
     query_len = tl.load(query_start_loc + request + 1) - query_start
-    first_row = (tile - query_start // BLOCK_M - request) * BLOCK_M
+    first_row = (tile - tile_start(query_start, request, BLOCK_M)) * BLOCK_M
     if first_row >= query_len:
         return
 
@@ -314,7 +320,9 @@ def paged_prefill(
     head_padded = max(MIN_DOT_SIZE, triton.next_power_of_2(head_size))
     config = prefill_config(head_padded, pattern.block_size, q.dtype)
     tables = head_tables(pattern, q.device)
-    paged_prefill_fwd_kernel[(num_heads, num_tokens // config["BLOCK_M"] + num_requests)](
+    block_m = config["BLOCK_M"]
+    num_tiles = (num_tokens + num_requests * (block_m - 1)) // block_m  # as `tile_start`
+    paged_prefill_fwd_kernel[(num_heads, num_tiles)](
         q,
         window_cache,
         strided_cache,

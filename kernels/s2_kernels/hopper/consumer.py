@@ -16,8 +16,10 @@ from s2_kernels.hopper.schedule import (
     TILE_M,
     UNIT,
     locate_tile,
+    num_turns,
     plan_units,
     unit_at,
+    work_of_turn,
 )
 
 BLOCK_N = gl.constexpr(128)
@@ -270,9 +272,9 @@ def consume(
     queries = q_smem.index(WARPGROUP)
     step = 0
     tiles_done = 0
-    for index in range(gl.program_id(0), num_work, gl.num_programs(0)):
+    for turn in range(0, num_turns(num_work)):
         head, request, query_start, query_len, first_row = locate_tile(
-            index, num_tiles, num_requests, heads_per_section, query_start_loc
+            work_of_turn(turn, num_work), num_tiles, num_requests, heads_per_section, query_start_loc
         )
         if first_row < query_len:
             # Rows past the last query repeat it, so that every row has keys.

@@ -80,7 +80,7 @@ def prefill_fwd_kernel(
     IN_HALVES: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """Program p works on the tiles p, p + programs, ... of `locate_tile`."""
+    """A program works on a tile in each of its turns: `work_of_turn`, `locate_tile`."""
     dtype: gl.constexpr = queries.dtype
     LAYOUT: gl.constexpr = queries.layout
     PIECES: gl.constexpr = STAGES * (HEAD_SIZE // PANEL) * 2
@@ -296,7 +296,7 @@ def _launch(
 ) -> None:
     num_tokens, num_heads, head_size = q.shape
     num_requests = lengths[2].shape[0]
-    num_tiles = num_tokens // TILE_M.value + num_requests
+    num_tiles = (num_tokens + num_requests * (TILE_M.value - 1)) // TILE_M.value  # as `tile_start`
     num_work = num_tiles * num_heads
     heads = head_tables(pattern, q.device)
     queries = TensorDescriptor(

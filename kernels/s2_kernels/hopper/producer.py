@@ -12,8 +12,10 @@ from s2_kernels.hopper.schedule import (
     TILE_M,
     UNIT,
     locate_tile,
+    num_turns,
     plan_units,
     unit_at,
+    work_of_turn,
 )
 
 PANEL = gl.constexpr(64)
@@ -132,9 +134,9 @@ def produce(
     ) = strided
     num_filled = 0
     tiles_done = 0
-    for index in range(gl.program_id(0), num_work, gl.num_programs(0)):
+    for turn in range(0, num_turns(num_work)):
         head, request, query_start, query_len, first_row = locate_tile(
-            index, num_tiles, num_requests, heads_per_section, query_start_loc
+            work_of_turn(turn, num_work), num_tiles, num_requests, heads_per_section, query_start_loc
         )
         if first_row < query_len:
             context_len = gl.load(seq_lens + request) - query_len

@@ -17,28 +17,60 @@ NO_UNIT = gl.constexpr(-1)
 
 
 @gluon.jit
-def locate_tile(work, num_tiles, num_requests, heads_per_section, query_start_loc):
+def place_in_turn(turn):
+    """The place of this program among those that take work in a turn: they go back and forth along it.
+
+    Work gets lighter on the way: those who had the heaviest of one turn have the lightest of the next.
+    """
+    program = gl.program_id(0)
+    return gl.where(turn % 2 == 0, program, gl.num_programs(0) - 1 - program)
+
+
+@gluon.jit
+def num_turns(num_work):
+    """The turns in which there is work for this program."""
+    full_turns = num_work // gl.num_programs(0)
+    return full_turns + (place_in_turn(full_turns) < num_work % gl.num_programs(0))
+
+
+@gluon.jit
+def work_of_turn(turn, num_work):
+    """The work index that this program takes in a turn; they count down to 0."""
+    return num_work - 1 - turn * gl.num_programs(0) - place_in_turn(turn)
+
+
+@gluon.jit
+def tile_start(query_start, request):
+    """The first tile of a request, or of the one past the last: the number of tiles.
+
+    Each has at least ceil(queries / TILE_M), so that the grid depends on shapes only; a lone one no more.
+    """
+    return (query_start + request * (TILE_M - 1)) // TILE_M
+
+
+@gluon.jit
+def locate_tile(index, num_tiles, num_requests, heads_per_section, query_start_loc):
     """Of a work index: (head, request, start of its queries, their number, the tile's first row among them).
 
-    Heads come in sections, so that the keys of those at work fit the L2 cache; within a section late tiles,
-    which have more keys, come first. Request n's tiles start at query_start_loc[n] // TILE_M + n: at least
-    ceil(queries / TILE_M) of them, and the grid depends on shapes only. A tile past the request's end has a
-    first row at or past the number of queries.
+    Heads come in sections, so that the keys of those at work fit the L2 cache. In the last section late
+    tiles, which have more keys, come first, and the order turns from one section to the next. A first row at
+    or past the number of queries says that there is nothing to do.
     """
-    section = work // (num_tiles * heads_per_section)
-    within = work % (num_tiles * heads_per_section)
+    section = index // (num_tiles * heads_per_section)
+    within = index % (num_tiles * heads_per_section)
     head = section * heads_per_section + within % heads_per_section
-    tile = num_tiles - 1 - within // heads_per_section
-    low = work * 0
+    tile = within // heads_per_section
+    tile = gl.where(section % 2 == 0, tile, num_tiles - 1 - tile)
+    low = index * 0
     high = low + num_requests
     while high - low > 1:
         middle = (low + high) // 2
-        starts_before = gl.load(query_start_loc + middle) // TILE_M + middle <= tile
+        starts_before = tile_start(gl.load(query_start_loc + middle), middle) <= tile
         low = gl.where(starts_before, middle, low)
         high = gl.where(starts_before, high, middle)
     query_start = gl.load(query_start_loc + low)
     query_len = gl.load(query_start_loc + low + 1) - query_start
-    first_row = (tile - query_start // TILE_M - low) * TILE_M
+    first_row = (tile - tile_start(query_start, low)) * TILE_M
     return head, low, query_start, query_len, first_row
 
 
