@@ -85,7 +85,7 @@ DEFAULTS = {
     "cache_write": Defaults(("hhst-8b",), (8192,)),
     "decode": Defaults(("hhst-8b", "phi3-small"), (8192, 32768, 131072)),
     "chunked_prefill": Defaults(("hhst-8b", "phi3-small"), (131072,)),
-    "prefill": Defaults(tuple(GEOMETRIES), (1024, 4096, 8192, 32768, 131072)),
+    "prefill": Defaults(tuple(GEOMETRIES), (1024, 2048, 4096, 8192, 32768, 131072)),
 }
 QUICK_DEFAULTS = {
     "cache_write": Defaults(("hhst-8b",), (8192,)),

@@ -50,7 +50,7 @@ class Implementation:
 def prepare_s2_prefill(inputs: Inputs) -> Launch:
     from s2_kernels.prefill import paged_prefill
 
-    return _prepare_paged(paged_prefill, inputs)
+    return _prepare_paged(partial(paged_prefill, max_seq_len=inputs.case.total_len), inputs)
 
 
 def prepare_s2_decode(inputs: Inputs) -> Launch:
