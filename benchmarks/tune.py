@@ -16,7 +16,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import geometric_mean
 
 import torch
@@ -32,50 +32,95 @@ from s2_kernels.configs import Config, current_gpu, load_table, table_path, tria
 from s2_vllm.config import S2Config
 
 SECONDS = 0.05
-# The Hopper kernel takes blocks of 64 tokens only, so these run the portable one on every GPU.
+# The Hopper kernel takes blocks of 64 tokens only, so those of 128 run the portable kernels on every GPU.
 BLOCKS_OF_128 = replace(GEOMETRIES["hhst-8b"], config=S2Config(8, 8, block_size=128))
-PORTABLE_GEOMETRIES = {
+TUNED_GEOMETRIES = {
+    "head64": replace(GEOMETRIES["hhst-8b"], head_size=64),
     "block128-head64": replace(BLOCKS_OF_128, head_size=64),
     "block128-head128": BLOCKS_OF_128,
 }
-CASES = [
-    Case("cache_write", "hhst-8b", 1, 8192),
-    Case("decode", "hhst-8b", 16, 32768),
-    Case("decode", "hhst-8b", 64, 8192),
-    Case("decode", "hhst-8b", 1, 131072),
-    Case("decode", "phi3-small", 16, 32768),
-    *(Case("prefill", geometry, 1, 32768) for geometry in PORTABLE_GEOMETRIES),
-]
-OPTIONS = {
-    "cache_write": ("ROWS", "num_warps"),
-    "decode": ("BLOCK_N", "num_warps", "num_stages", "programs_per_processor"),
-    "prefill": ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"),
-}
-CANDIDATES: dict[str, list[tuple[int, ...]]] = {
-    "cache_write": [(8, 2), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4), (64, 8), (128, 8)],
-    "decode": [(64, 4, 3, 2), (64, 4, 3, 3), (64, 4, 4, 2), (64, 8, 3, 2), (32, 4, 4, 3), (32, 2, 4, 4)],
-    "prefill": [
-        (128, 128, 8, 2),
-        (128, 64, 8, 3),
-        (128, 64, 8, 4),
-        (128, 32, 8, 4),
-        (64, 64, 4, 2),
-        (64, 64, 4, 3),
-        (64, 32, 4, 4),
-    ],
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is tried for a kernel.
+
+    Attributes:
+        cases: what it is measured on.
+        options: the names of its options.
+        candidates: values for them.
+        impl: the implementation of `benchmarks.kernels` that runs it.
+    """
+
+    cases: list[Case]
+    options: tuple[str, ...]
+    candidates: list[tuple[int, ...]]
+    impl: str = "s2"
+
+    @property
+    def configs(self) -> list[Config]:
+        return [dict(zip(self.options, values, strict=True)) for values in self.candidates]
+
+
+TRITON_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+PORTABLE_CASES = [Case("prefill", name, 1, 32768) for name in ("block128-head64", "block128-head128")]
+SEARCHES = {
+    "cache_write": Search(
+        [Case("cache_write", "hhst-8b", 1, 8192)],
+        ("ROWS", "num_warps"),
+        [(8, 2), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4), (64, 8), (128, 8)],
+    ),
+    "decode": Search(
+        [
+            Case("decode", "hhst-8b", 16, 32768),
+            Case("decode", "hhst-8b", 64, 8192),
+            Case("decode", "hhst-8b", 1, 131072),
+            Case("decode", "phi3-small", 16, 32768),
+        ],
+        ("BLOCK_N", "num_warps", "num_stages", "programs_per_processor"),
+        [(64, 4, 3, 2), (64, 4, 3, 3), (64, 4, 4, 2), (64, 8, 3, 2), (32, 4, 4, 3), (32, 2, 4, 4)],
+    ),
+    "prefill": Search(
+        PORTABLE_CASES,
+        TRITON_OPTIONS,
+        [
+            (128, 128, 8, 2),
+            (128, 64, 8, 3),
+            (128, 64, 8, 4),
+            (128, 32, 8, 4),
+            (64, 64, 4, 2),
+            (64, 64, 4, 3),
+            (64, 32, 4, 4),
+        ],
+    ),
+    "hopper_prefill": Search(
+        [
+            Case("prefill", geometry, 1, seq_len)
+            for geometry in ("hhst-8b", "s2-7b", "head64")
+            for seq_len in (8192, 131072)
+        ],
+        ("STAGES", "section_mib"),
+        [(2, 4), (2, 8), (2, 16), (2, 32), (3, 8), (4, 8)],
+    ),
+    "block_sparse": Search(
+        PORTABLE_CASES,
+        TRITON_OPTIONS,
+        [(128, 128, 8, 2), (128, 64, 8, 3), (128, 64, 4, 3), (64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4)],
+        impl="s2_contiguous",
+    ),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.split("\n")[0])
-    parser.add_argument("--ops", nargs="+", choices=list(OPTIONS), default=list(OPTIONS))
+    parser.add_argument("--ops", nargs="+", choices=list(SEARCHES), default=list(SEARCHES))
     options = parser.parse_args(arguments)
     gpu = current_gpu()
     if gpu is None:
         print("benchmarks.tune: no CUDA GPU found, expected one", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    GEOMETRIES.update(PORTABLE_GEOMETRIES)
+    GEOMETRIES.update(TUNED_GEOMETRIES)
     device = torch.device("cuda", torch.cuda.current_device())
     table = load_table(gpu)
     for op in options.ops:
@@ -93,52 +138,54 @@ def measure(launches: Sequence[Launch], in_graph: bool) -> float:
 def tune(op: str, device: torch.device, measure: Measure) -> dict[str, Config]:
     """The best configuration for every shape among the cases of `op`, by `shape_key`.
 
+    None for a kernel that this GPU never runs: nobody asked for its configuration.
+
     Raises:
         RuntimeError: no candidate ran on all cases of a shape.
     """
-    candidates = [dict(zip(OPTIONS[op], values, strict=True)) for values in CANDIDATES[op]]
+    search = SEARCHES[op]
     times: dict[str, list[dict[int, float]]] = defaultdict(list)
-    for case in CASES:
-        if case.op == op:
-            shape, measured = time_candidates(case, candidates, device, measure)
+    for case in search.cases:
+        for shape, measured in time_candidates(op, case, device, measure).items():
             times[shape].append(measured)
     best = {}
     for shape, of_cases in times.items():
         ran = set.intersection(*map(set, of_cases))
         if not ran:
             raise RuntimeError(f"{op} {shape}: no candidate ran on all cases")
-        best[shape] = candidates[min(ran, key=lambda n: geometric_mean([ms[n] for ms in of_cases]))]
+        best[shape] = search.configs[min(ran, key=lambda n: geometric_mean([ms[n] for ms in of_cases]))]
         print(f"{op} {shape}: {best[shape]}", flush=True)
     return best
 
 
 def time_candidates(
-    case: Case, candidates: Sequence[Config], device: torch.device, measure: Measure
-) -> tuple[str, dict[int, float]]:
-    """The shape that the case's configuration is stored under, and the milliseconds of those that ran.
+    op: str, case: Case, device: torch.device, measure: Measure
+) -> dict[str, dict[int, float]]:
+    """By the shape that the configuration is stored under, the milliseconds of the candidates that ran.
 
     Raises:
         RuntimeError: no candidate ran.
     """
+    search = SEARCHES[op]
     input_sets = [random_inputs(case, DTYPE, device) for _ in range(num_input_sets(case, device))]
     expected: dict[bool, list[Expected]] = {}
-    measured = {}
-    shapes: set[str] = set()
-    print(case)
-    for n, candidate in enumerate(candidates):
-        with trial(case.op, candidate) as asked:
-            result = run_implementation(IMPLEMENTATIONS["s2"], case, input_sets, expected, measure)
+    measured: dict[str, dict[int, float]] = defaultdict(dict)
+    has_run = False
+    print(f"{op}: {case}")
+    for n, candidate in enumerate(search.configs):
+        with trial(op, candidate) as shapes:
+            result = run_implementation(IMPLEMENTATIONS[search.impl], case, input_sets, expected, measure)
         if "ms" in result:
-            measured[n] = result["ms"]
-            shapes |= asked
+            has_run = True
+            for shape in shapes:
+                measured[shape][n] = result["ms"]
         outcome = f"{result['ms']:.4f} ms" if "ms" in result else result.get("error") or result["reason"]
         print(f"  {candidate}: {outcome}", flush=True)
         gc.collect()
         torch.cuda.empty_cache()
-    if not measured:
-        raise RuntimeError(f"{case}: no candidate ran")
-    (shape,) = shapes
-    return shape, measured
+    if not has_run:
+        raise RuntimeError(f"{op}: no candidate ran on {case}")
+    return measured
 
 
 if __name__ == "__main__":

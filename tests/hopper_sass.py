@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from s2_kernels.hopper.prefill import STAGES, SWIZZLED, prefill_fwd_kernel
+from s2_kernels.hopper.prefill import SWIZZLED, prefill_fwd_kernel
 
 HOPPER = GPUTarget("cuda", 90, 32)
 INT32_TENSORS = (
@@ -33,7 +33,7 @@ INT64 = ("out_stride_token", "out_stride_head", "lse_stride_token")
 
 def compile_for_hopper(dtype: str, **constants: Any) -> str:
     """The machine code, disassembled, for arguments of a dtype and some compile-time constants."""
-    constants = {"lse": None, "LOCAL_BLOCKS": 16, "VERT_STRIDE": 8, "STAGES": STAGES, **constants}
+    constants = {"lse": None, "LOCAL_BLOCKS": 16, "VERT_STRIDE": 8, "STAGES": 2, **constants}
     head_size = constants["HEAD_SIZE"]
     signature = {}
     for name in prefill_fwd_kernel.arg_names:

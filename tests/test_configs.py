@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.tune import SEARCHES
 from s2_kernels import configs
 from s2_kernels.configs import launch_config, load_table, shape_key, table_path, trial
 
 DEFAULTS = {"BLOCK_N": 64, "num_warps": 4}
-OPS = {"cache_write", "decode", "prefill"}
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_shape_key_spells_what_the_kernels_distinguish() -> None:
 def test_stored_tables_hold_numbers_for_known_operations() -> None:
     for path in Path(configs.__file__).parent.glob("*.json"):
         table = json.loads(path.read_text())
-        assert table.keys() <= OPS, path.name
+        assert table.keys() <= SEARCHES.keys(), path.name
         for config in (config for shapes in table.values() for config in shapes.values()):
             assert config
             assert all(type(value) is int and value > 0 for value in config.values()), path.name

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from s2_kernels import hopper
-from s2_kernels.hopper.prefill import SECTION_BYTES, heads_per_section
+from s2_kernels.hopper.prefill import heads_per_section
 from s2_kernels.pattern import S2Pattern
 
 PATTERN = S2Pattern.build(4, 2)
 BY_QUERY = S2Pattern.build(32, 8, head_sliding_offset=1, pattern_heads="query")
 F16, BF16 = torch.float16, torch.bfloat16
+SECTION_BYTES = 8 * 2**20
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_not_memory_that_tma_cannot_load(change: Callable[[torch.Tensor], torch.
 @pytest.mark.parametrize("pattern", [S2Pattern.build(24, 12, vert_stride=16), BY_QUERY], ids=["kv", "query"])
 def test_sections_hold_whole_groups_and_fit_the_cache(pattern: S2Pattern) -> None:
     """The longer the sequence, the fewer heads at a time; together, their old keys and values fit."""
-    sizes = [heads_per_section(pattern, 1 << n, 128) for n in range(6, 24)]
+    sizes = [heads_per_section(pattern, 1 << n, 128, SECTION_BYTES) for n in range(6, 24)]
     assert sizes[0] == pattern.num_heads
     assert sizes[-1] == pattern.group_size
     assert sizes == sorted(sizes, reverse=True)

@@ -10,6 +10,7 @@ import torch
 
 from s2_kernels import hopper
 from s2_kernels.attention import s2_attention
+from s2_kernels.configs import trial
 from s2_kernels.hopper import prefill
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.prefill import paged_prefill
@@ -53,6 +54,15 @@ def test_paged(geometry: Geometry, requests: str, max_seq_len: int | None) -> No
     out = batch.poisoned_output()
     arguments = batch.attention_arguments()
     paged_prefill(*arguments, batch.pattern, batch.scale, out, max_seq_len=max_seq_len)
+    batch.check(out)
+
+
+def test_any_configuration() -> None:
+    batch = build_batch(GEOMETRIES[0], BATCHES["mixed"], dtype=torch.float16, padding_tokens=3)
+    out = batch.poisoned_output()
+    with trial("hopper_prefill", {"STAGES": 3, "section_mib": 1}) as shapes:
+        paged_prefill(*batch.attention_arguments(), batch.pattern, batch.scale, out)
+    assert shapes == {"head64-16bit"}
     batch.check(out)
 
 

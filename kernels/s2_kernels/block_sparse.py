@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from s2_kernels.configs import launch_config, shape_key
 from s2_kernels.masks import BlockMask
 from s2_kernels.sequences import Span
 from s2_kernels.tiles import (
@@ -240,11 +241,12 @@ def block_sparse_fwd_kernel(
 def block_sparse_config(head_padded: int, dtype: torch.dtype, max_queries: int) -> dict[str, int]:
     """Tile shapes and launch options, for sequences of up to `max_queries` queries."""
     if dtype == torch.float32:  # multiplied without tensor cores: small tiles, or registers spill
-        config = {"BLOCK_M": 32, "BLOCK_N": MIN_DOT_SIZE, "num_warps": 8, "num_stages": 2}
+        defaults = {"BLOCK_M": 32, "BLOCK_N": MIN_DOT_SIZE, "num_warps": 8, "num_stages": 2}
     elif head_padded > 128:
-        config = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+        defaults = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
     else:
-        config = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+        defaults = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 3}
+    config = launch_config("block_sparse", shape_key(head_padded, dtype), defaults)
     if max_queries == 1:
         config |= {"BLOCK_M": MIN_DOT_SIZE, "num_warps": 4}
     return config

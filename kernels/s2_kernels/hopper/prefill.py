@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from s2_kernels.configs import launch_config, shape_key
 from s2_kernels.device import num_multiprocessors
 from s2_kernels.hopper.consumer import BLOCK_N, consume
 from s2_kernels.hopper.gluon_api import reinterpret
@@ -27,9 +28,7 @@ from s2_kernels.pattern import S2Pattern
 from s2_kernels.tiles import LOG2_E
 
 SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-STAGES = 2
-SECTION_BYTES = 8 * 2**20
-"""Strided keys and values of the heads at work at a time, at most: well within an L2 cache of 50 MB."""
+MIB = 2**20
 
 
 @gluon.jit(
@@ -299,6 +298,8 @@ def _launch(
     num_tiles = (num_tokens + num_requests * (TILE_M.value - 1)) // TILE_M.value  # as `tile_start`
     num_work = num_tiles * num_heads
     heads = head_tables(pattern, q.device)
+    config = prefill_config(head_size, q.dtype)
+    section_bytes = config.pop("section_mib") * MIB
     queries = TensorDescriptor(
         q,
         [num_tokens, num_heads * head_size],
@@ -319,7 +320,7 @@ def _launch(
         num_tiles,
         num_work,
         num_requests,
-        heads_per_section(pattern, max_seq_len, head_size),
+        heads_per_section(pattern, max_seq_len, head_size, section_bytes),
         *(table.stride(0) for table in tables),
         *page_rows,
         *head_rows,
@@ -332,17 +333,26 @@ def _launch(
         VERT_STRIDE=pattern.vert_stride,
         NUM_KEPT=pattern.num_kept,
         IN_HALVES=max_seq_len > pattern.window_tokens,
-        STAGES=STAGES,
+        **config,
         num_warps=4,
     )
 
 
-def heads_per_section(pattern: S2Pattern, max_seq_len: int, head_size: int) -> int:
+def prefill_config(head_size: int, dtype: torch.dtype) -> dict[str, int]:
+    """Stages of keys and of values in shared memory, and what a section of heads may have of strided ones.
+
+    By default well within an L2 cache of 50 MB.
+    """
+    defaults = {"STAGES": 2, "section_mib": 8}
+    return launch_config("hopper_prefill", shape_key(head_size, dtype), defaults)
+
+
+def heads_per_section(pattern: S2Pattern, max_seq_len: int, head_size: int, section_bytes: int) -> int:
     """How many query heads to work on at a time: those of as many KV heads as share the L2 cache well."""
     strided_tokens = max_seq_len * pattern.num_kept // pattern.vert_stride
     head_bytes = max(1, strided_tokens * 2 * head_size * 2)
     fitting = (n for n in range(1, pattern.num_kv_heads + 1) if pattern.num_kv_heads % n == 0)
-    kv_heads = max((n for n in fitting if n * head_bytes <= SECTION_BYTES), default=1)
+    kv_heads = max((n for n in fitting if n * head_bytes <= section_bytes), default=1)
     return kv_heads * pattern.group_size
 
 
