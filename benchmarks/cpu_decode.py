@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.results_file import write_results
 from s2_kernels.layout import TierLayout
+from s2_kernels.paged import PagedRequests
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.reference import attention_reference
 from s2_kernels.torch_path import paged_attention, write_cache
@@ -107,12 +108,12 @@ def prepare_step(pattern: S2Pattern, context: int, dtype: torch.dtype) -> Step:
         slots.append(table[positions // span] * span + positions % span)
     write_cache(k, v, *caches, *slots, pattern)
     new_slots = [mapping[-1:] for mapping in slots]
-    query_start_loc, seq_lens = torch.tensor([0, 1]), torch.tensor([context])
+    requests = PagedRequests(*caches, *tables, torch.tensor([0, 1]), torch.tensor([context]))
     out = torch.empty_like(q)
 
     def step() -> torch.Tensor:
         write_cache(k[-1:], v[-1:], *caches, *new_slots, pattern)
-        paged_attention(q, *caches, *tables, query_start_loc, seq_lens, pattern, SCALE, out)
+        paged_attention(q, requests, pattern, SCALE, out)
         return out
 
     expected = attention_reference(q, k, v, pattern, SCALE, [0, 1], [0, context])

@@ -22,6 +22,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from s2_kernels.layout import head_tables
+from s2_kernels.paged import PagedRequests
 from s2_kernels.pattern import S2Pattern
 
 if TYPE_CHECKING:
@@ -178,9 +179,10 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
 
         q = kv_cache.new_zeros(1, self.num_heads, self.head_size)
         table = integers(0)[None]
-        arguments = (q, kv_cache, kv_cache, table, table, integers(0, 1), integers(1))
+        request = PagedRequests(kv_cache, kv_cache, table, table, integers(0, 1), integers(1))
+        out = torch.empty_like(q)
         for max_seq_len in (1, self.pattern.window_tokens + 1):
-            paged_prefill(*arguments, self.pattern, self.scale, torch.empty_like(q), max_seq_len=max_seq_len)
+            paged_prefill(q, request, self.pattern, self.scale, out, max_seq_len=max_seq_len)
 
     def forward(
         self,
@@ -226,17 +228,8 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
 
         window, strided = tiers.window, tiers.strided
         write_cache(k, v, *tiers.caches, window.slot_mapping, strided.slot_mapping, self.pattern)
-        paged_attention(
-            q,
-            *tiers.caches,
-            window.block_table,
-            strided.block_table,
-            window.query_start_loc,
-            window.seq_lens,
-            self.pattern,
-            self.scale,
-            out,
-        )
+        requests = tiers.requests(slice(None), window.query_start_loc)
+        paged_attention(q, requests, self.pattern, self.scale, out)
 
     def _attend_on_gpu(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiers: _Tiers, out: torch.Tensor
@@ -249,25 +242,13 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
         write_cache(k, v, *tiers.caches, window.slot_mapping, strided.slot_mapping, self.pattern)
         decodes, tokens = window.num_decodes, window.num_decode_tokens
         if decodes:
-            paged_decode(
-                q[:tokens],
-                *tiers.caches,
-                window.block_table[:decodes],
-                strided.block_table[:decodes],
-                window.query_start_loc[: decodes + 1],
-                window.seq_lens[:decodes],
-                self.pattern,
-                self.scale,
-                out[:tokens],
-            )
+            requests = tiers.requests(slice(decodes), window.query_start_loc[: decodes + 1])
+            paged_decode(q[:tokens], requests, self.pattern, self.scale, out[:tokens])
         if decodes < len(window.seq_lens):
+            requests = tiers.requests(slice(decodes, None), window.prefill_query_start_loc)
             paged_prefill(
                 q[tokens:],
-                *tiers.caches,
-                window.block_table[decodes:],
-                strided.block_table[decodes:],
-                window.prefill_query_start_loc,
-                window.seq_lens[decodes:],
+                requests,
                 self.pattern,
                 self.scale,
                 out[tokens:],
@@ -286,3 +267,13 @@ class _Tiers(NamedTuple):
     @property
     def caches(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.window_cache, self.strided_cache
+
+    def requests(self, which: slice, query_start_loc: torch.Tensor) -> PagedRequests:
+        """Some of the batch's requests, whose queries start at `query_start_loc`."""
+        return PagedRequests(
+            *self.caches,
+            self.window.block_table[which],
+            self.strided.block_table[which],
+            query_start_loc,
+            self.window.seq_lens[which],
+        )

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from s2_kernels.layout import TierLayout
+from s2_kernels.paged import PagedRequests
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.reference import attention_reference, cache_write_reference
 
@@ -96,10 +97,9 @@ class PagedBatch:
     key_start_loc: list[int]
     seq_lens: list[int]
 
-    def attention_arguments(self) -> tuple[torch.Tensor, ...]:
-        """q to seq_lens, in the kernels' order."""
-        return (
-            self.q,
+    @property
+    def requests(self) -> PagedRequests:
+        return PagedRequests(
             self.window_cache,
             self.strided_cache,
             self.window_table,

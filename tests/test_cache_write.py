@@ -97,7 +97,7 @@ def check_what_attention_reads(batch: PagedBatch) -> None:
         batch.pattern,
     )
     out = batch.poisoned_output()
-    paged_prefill(*batch.attention_arguments(), batch.pattern, batch.scale, out)
+    paged_prefill(batch.q, batch.requests, batch.pattern, batch.scale, out)
     batch.check(out)
 
 

@@ -36,7 +36,7 @@ def scaled(pattern: S2Pattern) -> list[tuple[int, int]]:
 
 def run(batch: PagedBatch, num_programs: int | None = None) -> torch.Tensor:
     out = batch.poisoned_output()
-    paged_decode(*batch.attention_arguments(), batch.pattern, batch.scale, out, num_programs)
+    paged_decode(batch.q, batch.requests, batch.pattern, batch.scale, out, num_programs)
     return out
 
 
@@ -140,10 +140,10 @@ def test_wrong_number_of_programs_is_named() -> None:
 def test_cuda_graph_replays_with_other_lengths() -> None:
     lengths = [(300, 1), (0, 0), (40, 1)]
     captured = build_batch(SMALL, lengths, dtype=torch.bfloat16)
-    arguments, out = captured.attention_arguments(), captured.poisoned_output()
+    requests, out = captured.requests, captured.poisoned_output()
 
     def decode() -> None:
-        paged_decode(*arguments, captured.pattern, captured.scale, out)
+        paged_decode(captured.q, requests, captured.pattern, captured.scale, out)
 
     decode()
     graph = torch.cuda.CUDAGraph()
@@ -151,7 +151,7 @@ def test_cuda_graph_replays_with_other_lengths() -> None:
         decode()
     for order in permutations(lengths):
         batch = build_batch(SMALL, list(order), dtype=torch.bfloat16, seed=1)
-        for static, new in zip(arguments, batch.attention_arguments(), strict=True):
+        for static, new in zip((captured.q, *requests), (batch.q, *batch.requests), strict=True):
             static.copy_(new)
         out.fill_(torch.nan)
         graph.replay()

@@ -52,8 +52,7 @@ def test_paged(geometry: Geometry, requests: str, max_seq_len: int | None) -> No
     dtype = torch.float16 if geometry.head_size == 64 else torch.bfloat16
     batch = build_batch(geometry, BATCHES[requests], dtype=dtype, padding_tokens=3)
     out = batch.poisoned_output()
-    arguments = batch.attention_arguments()
-    paged_prefill(*arguments, batch.pattern, batch.scale, out, max_seq_len=max_seq_len)
+    paged_prefill(batch.q, batch.requests, batch.pattern, batch.scale, out, max_seq_len=max_seq_len)
     batch.check(out)
 
 
@@ -61,7 +60,7 @@ def test_any_configuration() -> None:
     batch = build_batch(GEOMETRIES[0], BATCHES["mixed"], dtype=torch.float16, padding_tokens=3)
     out = batch.poisoned_output()
     with trial("hopper_prefill", {"STAGES": 3, "section_mib": 1}) as shapes:
-        paged_prefill(*batch.attention_arguments(), batch.pattern, batch.scale, out)
+        paged_prefill(batch.q, batch.requests, batch.pattern, batch.scale, out)
     assert shapes == {"head64-16bit"}
     batch.check(out)
 

@@ -34,7 +34,7 @@ def scaled(batch: str, pattern: S2Pattern) -> list[tuple[int, int]]:
 
 def run(batch: PagedBatch) -> torch.Tensor:
     out = batch.poisoned_output()
-    paged_prefill(*batch.attention_arguments(), batch.pattern, batch.scale, out)
+    paged_prefill(batch.q, batch.requests, batch.pattern, batch.scale, out)
     return out
 
 
@@ -83,42 +83,27 @@ def test_batch_without_queries(requests: list[tuple[int, int]]) -> None:
 
 def test_wrong_arguments_are_named() -> None:
     batch = build_batch(SMALL, [(0, 20)])
+    q, requests, pattern, scale = batch.q, batch.requests, batch.pattern, batch.scale
+    window, strided = requests.window_cache, requests.strided_cache
     out = batch.poisoned_output()
-    q, window, strided, *rest = batch.attention_arguments()
-    window_table, strided_table, query_start_loc, seq_lens = rest
-    pattern, scale = batch.pattern, batch.scale
     tiny = S2Pattern.build(2, 2, block_size=8, local_blocks=2, vert_stride=4)
     with pytest.raises(ValueError, match=r"^q: shape"):
-        paged_prefill(q[:, :1], window, strided, *rest, pattern, scale, out)
+        paged_prefill(q[:, :1], requests, pattern, scale, out)
     with pytest.raises(ValueError, match=r"^out: "):
-        paged_prefill(q, window, strided, *rest, pattern, scale, out[:3])
-    with pytest.raises(ValueError, match=r"^window_cache: dtype"):
-        paged_prefill(q, window.half(), strided, *rest, pattern, scale, out)
-    with pytest.raises(ValueError, match=r"^strided_cache: shape"):
-        paged_prefill(q, window, strided[..., :-1], *rest, pattern, scale, out)
-    with pytest.raises(ValueError, match=r"^strided_cache: 8 slots"):
-        paged_prefill(q, window, strided[:, :, :8], *rest, pattern, scale, out)
-    with pytest.raises(ValueError, match=r"^strided_table: shape"):
-        paged_prefill(
-            q,
-            window,
-            strided,
-            window_table,
-            strided_table[:0],
-            query_start_loc,
-            seq_lens,
-            pattern,
-            scale,
-            out,
-        )
-    with pytest.raises(ValueError, match=r"^query_start_loc: shape"):
-        paged_prefill(
-            q, window, strided, window_table, strided_table, seq_lens, seq_lens, pattern, scale, out
-        )
+        paged_prefill(q, requests, pattern, scale, out[:3])
     with pytest.raises(ValueError, match=r"^scale: 0"):
-        paged_prefill(q, window, strided, *rest, pattern, 0.0, out)
+        paged_prefill(q, requests, pattern, 0.0, out)
     with pytest.raises(ValueError, match=r"^pattern\.block_size: 8"):
-        paged_prefill(q, window, strided, *rest, tiny, scale, out)
+        paged_prefill(q, requests, tiny, scale, out)
+    for wrong, message in (
+        ({"window_cache": window.half()}, r"^window_cache: dtype"),
+        ({"strided_cache": strided[..., :-1]}, r"^strided_cache: shape"),
+        ({"strided_cache": strided[:, :, :8]}, r"^strided_cache: 8 slots"),
+        ({"strided_table": requests.strided_table[:0]}, r"^strided_table: shape"),
+        ({"query_start_loc": requests.seq_lens}, r"^query_start_loc: shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            paged_prefill(q, requests._replace(**wrong), pattern, scale, out)
 
 
 def test_every_request_of_many_has_its_tile() -> None:

@@ -106,7 +106,7 @@ PAGED_GEOMETRIES = [
 def test_paged_equals_contiguous(geometry: Geometry, pool: PoolKind) -> None:
     requests = [(0, 21), (40, 1), (0, 0), (33, 9)]
     batch = build_batch(geometry, requests, pool=pool, padding_tokens=2)
-    out = paged_attention_reference(*batch.attention_arguments(), batch.pattern, batch.scale)
+    out = paged_attention_reference(batch.q, batch.requests, batch.pattern, batch.scale)
     assert (out[batch.query_start_loc[-1] :] == 0).all()
     expected = attention_reference(
         batch.q[: batch.query_start_loc[-1]],

@@ -35,7 +35,7 @@ BATCHES = {
 def run_and_check(geometry: Geometry, requests: str, dtype: torch.dtype, pool: PoolKind = "shared") -> None:
     batch = build_batch(geometry, BATCHES[requests], dtype=dtype, padding_tokens=3, pool=pool)
     out = batch.poisoned_output()
-    paged_attention(*batch.attention_arguments(), batch.pattern, batch.scale, out)
+    paged_attention(batch.q, batch.requests, batch.pattern, batch.scale, out)
     batch.check(out)
 
 
@@ -77,20 +77,22 @@ def test_follows_no_stale_entry(geometry: Geometry, requests: str) -> None:
     for table in (batch.window_table, batch.strided_table):
         table[table == POISON_PAGE] = 1 << 30
     out = batch.poisoned_output()
-    paged_attention(*batch.attention_arguments(), batch.pattern, batch.scale, out)
+    paged_attention(batch.q, batch.requests, batch.pattern, batch.scale, out)
     batch.check(out)
 
 
 def test_accumulates_double_precision_in_double_precision() -> None:
     """Attention to values shifted by a constant is shifted by it, unless the digits were rounded away."""
     batch = build_batch(GEOMETRIES[0], BATCHES["chunks"], dtype=torch.float64)
-    q, window, strided, *rest = batch.attention_arguments()
-    shifted_window, shifted_strided = window.clone(), strided.clone()
-    for cache in (shifted_window, shifted_strided):
-        cache[..., q.shape[-1] :] += 1e9
+    requests = batch.requests
+    shifted_requests = requests._replace(
+        window_cache=requests.window_cache.clone(), strided_cache=requests.strided_cache.clone()
+    )
+    for cache in shifted_requests[:2]:
+        cache[..., batch.q.shape[-1] :] += 1e9
     out, shifted = batch.poisoned_output(), batch.poisoned_output()
-    paged_attention(q, window, strided, *rest, batch.pattern, batch.scale, out)
-    paged_attention(q, shifted_window, shifted_strided, *rest, batch.pattern, batch.scale, shifted)
+    paged_attention(batch.q, requests, batch.pattern, batch.scale, out)
+    paged_attention(batch.q, shifted_requests, batch.pattern, batch.scale, shifted)
     torch.testing.assert_close(shifted - 1e9, out, atol=1e-5, rtol=0)
 
 

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels.inputs import DENSE_PAGE_TOKENS, Inputs, empty_two_tier_cache
 from benchmarks.kernels.timing import Launch
+from s2_kernels.paged import PagedRequests
 
 Preparation = Callable[[Inputs], Launch]
 
@@ -61,21 +62,17 @@ def prepare_s2_decode(inputs: Inputs) -> Launch:
 
 def _prepare_paged(attention: Callable[..., None], inputs: Inputs) -> Launch:
     cache, out = inputs.two_tier, inputs.poisoned_output()
-    arguments = (
-        inputs.q,
+    requests = PagedRequests(
         cache.window_cache,
         cache.strided_cache,
         cache.window_table,
         cache.strided_table,
         inputs.query_start_loc,
         inputs.seq_lens,
-        inputs.case.pattern,
-        inputs.scale,
-        out,
     )
 
     def launch() -> torch.Tensor:
-        attention(*arguments)
+        attention(inputs.q, requests, inputs.case.pattern, inputs.scale, out)
         return out
 
     return launch

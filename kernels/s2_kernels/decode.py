@@ -24,6 +24,7 @@ from s2_kernels.decode_schedule import (
 )
 from s2_kernels.device import num_multiprocessors, nvidia_capability
 from s2_kernels.layout import head_tables
+from s2_kernels.paged import PagedRequests
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.tiles import (
     LOG2_E,
@@ -279,12 +280,7 @@ def _has_pdl(device: torch.device) -> bool:
 
 def paged_decode(
     q: torch.Tensor,
-    window_cache: torch.Tensor,
-    strided_cache: torch.Tensor,
-    window_table: torch.Tensor,
-    strided_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
+    requests: PagedRequests,
     pattern: S2Pattern,
     scale: float,
     out: torch.Tensor,
@@ -292,18 +288,13 @@ def paged_decode(
 ) -> None:
     """S2-Attention of a batch of requests with one query each, or none.
 
-    The keys and values of the queries' own tokens must be in the caches already. Nothing outside a
-    query's set is read, neither a page nor what the block table says about it. The launch depends on
-    shapes only, so that it can be captured in a CUDA graph, once a first call has put the pattern's
-    tables on the device.
+    Nothing outside a query's set is read, neither a page nor what the block table says about it. The launch
+    depends on shapes only, so that it can be captured in a CUDA graph, once a first call has put the
+    pattern's tables on the device.
 
     Args:
-        q: [tokens, num_heads, head_size], any strides but a contiguous last dimension; a request's
-            query is the last token of its sequence.
-        window_cache, strided_cache: [pages, num_kv_heads, page_slots, 2 * head_size], likewise.
-        window_table, strided_table: int32 [requests, *], page of each span of a tier's page tokens.
-        query_start_loc: int32 [requests + 1], rising by 1, or by 0 for a padding request.
-        seq_lens: int32 [requests], context and query.
+        q: [tokens, num_heads, head_size], any strides but a contiguous last dimension.
+        requests: whose queries these are, one each, or none of a padding request.
         pattern: the pattern of these heads.
         scale: factor on the logits, positive.
         out: as q; rows of tokens that belong to no request are left as they are.
@@ -312,22 +303,11 @@ def paged_decode(
     Raises:
         ValueError: an argument has a wrong shape, dtype or value; the message names it.
     """
-    layout = check_paged_arguments(
-        q,
-        window_cache,
-        strided_cache,
-        window_table,
-        strided_table,
-        query_start_loc,
-        seq_lens,
-        pattern,
-        scale,
-        out,
-    )
+    layout = check_paged_arguments(q, requests, pattern, scale, out)
     if num_programs is not None and num_programs < 1:
         raise ValueError(f"num_programs: {num_programs}, expected a positive integer")
     head_size = q.shape[2]
-    num_requests = seq_lens.shape[0]
+    num_requests = len(requests.seq_lens)
     if q.shape[0] == 0 or num_requests == 0:
         return
     head_padded = max(MIN_DOT_SIZE, triton.next_power_of_2(head_size))
@@ -354,12 +334,7 @@ def paged_decode(
     }
     paged_decode_fwd_kernel[(num_programs,)](
         q,
-        window_cache,
-        strided_cache,
-        window_table,
-        strided_table,
-        query_start_loc,
-        seq_lens,
+        *requests,
         tables.kept,
         tables.rank,
         out,
@@ -368,10 +343,10 @@ def paged_decode(
         scale * LOG2_E,
         num_requests,
         *q.stride()[:2],
-        *window_cache.stride()[:3],
-        *strided_cache.stride()[:3],
-        window_table.stride(0),
-        strided_table.stride(0),
+        *requests.window_cache.stride()[:3],
+        *requests.strided_cache.stride()[:3],
+        requests.window_table.stride(0),
+        requests.strided_table.stride(0),
         *out.stride()[:2],
         PAGE_SLOTS=layout.page_slots,
         KEPT_PADDED=triton.next_power_of_2(pattern.num_kept),
@@ -381,5 +356,11 @@ def paged_decode(
     )
     if num_programs > 1:
         combine_partial_results(
-            partial, lse, out, query_start_loc, seq_lens, num_requests * pattern.num_kv_heads, schedule
+            partial,
+            lse,
+            out,
+            requests.query_start_loc,
+            requests.seq_lens,
+            num_requests * pattern.num_kv_heads,
+            schedule,
         )

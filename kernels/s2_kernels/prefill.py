@@ -14,6 +14,7 @@ import triton.language as tl
 from s2_kernels import hopper
 from s2_kernels.configs import launch_config, shape_key
 from s2_kernels.layout import head_tables
+from s2_kernels.paged import PagedRequests
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.tiles import (
     LOG2_E,
@@ -251,12 +252,7 @@ def prefill_config(head_padded: int, block_size: int, dtype: torch.dtype) -> dic
 
 def paged_prefill(
     q: torch.Tensor,
-    window_cache: torch.Tensor,
-    strided_cache: torch.Tensor,
-    window_table: torch.Tensor,
-    strided_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
+    requests: PagedRequests,
     pattern: S2Pattern,
     scale: float,
     out: torch.Tensor,
@@ -265,16 +261,11 @@ def paged_prefill(
 ) -> None:
     """S2-Attention of a batch of requests with any number of queries each.
 
-    The keys and values of the queries' own tokens must be in the caches already. Nothing outside a
-    query's set is read, neither a page nor what the block table says about it.
+    Nothing outside a query's set is read, neither a page nor what the block table says about it.
 
     Args:
-        q: [tokens, num_heads, head_size], any strides but a contiguous last dimension; a request's
-            queries are the last tokens of its sequence.
-        window_cache, strided_cache: [pages, num_kv_heads, page_slots, 2 * head_size], likewise.
-        window_table, strided_table: int32 [requests, *], page of each span of a tier's page tokens.
-        query_start_loc: int32 [requests + 1]; a request may have no query.
-        seq_lens: int32 [requests], context and queries.
+        q: [tokens, num_heads, head_size], any strides but a contiguous last dimension.
+        requests: whose queries these are.
         pattern: the pattern of these heads.
         scale: factor on the logits, positive.
         out: as q; rows of tokens that belong to no request are left as they are.
@@ -284,38 +275,15 @@ def paged_prefill(
     Raises:
         ValueError: an argument has a wrong shape, dtype or value; the message names it.
     """
-    layout = check_paged_arguments(
-        q,
-        window_cache,
-        strided_cache,
-        window_table,
-        strided_table,
-        query_start_loc,
-        seq_lens,
-        pattern,
-        scale,
-        out,
-    )
+    layout = check_paged_arguments(q, requests, pattern, scale, out)
     num_tokens, num_heads, head_size = q.shape
-    num_requests = seq_lens.shape[0]
+    num_requests = len(requests.seq_lens)
     if num_tokens == 0 or num_requests == 0:
         return
-    if hopper.supports(pattern, q, window_cache, strided_cache):
+    if hopper.supports(pattern, q, requests.window_cache, requests.strided_cache):
         from s2_kernels.hopper.prefill import paged_prefill_fwd
 
-        paged_prefill_fwd(
-            q,
-            window_cache,
-            strided_cache,
-            window_table,
-            strided_table,
-            query_start_loc,
-            seq_lens,
-            pattern,
-            scale,
-            out,
-            max_seq_len,
-        )
+        paged_prefill_fwd(q, requests, pattern, scale, out, max_seq_len)
         return
     head_padded = max(MIN_DOT_SIZE, triton.next_power_of_2(head_size))
     config = prefill_config(head_padded, pattern.block_size, q.dtype)
@@ -324,22 +292,17 @@ def paged_prefill(
     num_tiles = (num_tokens + num_requests * (block_m - 1)) // block_m  # as `tile_start`
     paged_prefill_fwd_kernel[(num_heads, num_tiles)](
         q,
-        window_cache,
-        strided_cache,
-        window_table,
-        strided_table,
-        query_start_loc,
-        seq_lens,
+        *requests,
         tables.residue,
         tables.rank,
         out,
         scale * LOG2_E,
         num_requests,
         *q.stride()[:2],
-        *window_cache.stride()[:3],
-        *strided_cache.stride()[:3],
-        window_table.stride(0),
-        strided_table.stride(0),
+        *requests.window_cache.stride()[:3],
+        *requests.strided_cache.stride()[:3],
+        requests.window_table.stride(0),
+        requests.strided_table.stride(0),
         *out.stride()[:2],
         GROUP_SIZE=pattern.group_size,
         HEAD_SIZE=head_size,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from s2_kernels.layout import TierLayout
+from s2_kernels.paged import PagedRequests
 from s2_kernels.pattern import S2Pattern
 
 
@@ -124,12 +125,7 @@ def cache_write_reference(
 
 def paged_attention_reference(
     q: torch.Tensor,
-    window_cache: torch.Tensor,
-    strided_cache: torch.Tensor,
-    window_table: torch.Tensor,
-    strided_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
+    requests: PagedRequests,
     pattern: S2Pattern,
     scale: float,
 ) -> torch.Tensor:
@@ -138,17 +134,15 @@ def paged_attention_reference(
     Reads nothing but the tokens in a query's set: all else in the caches may be garbage.
 
     Args:
-        q: [tokens, num_heads, head_size]; a request's queries are the last tokens of its sequence.
-        window_cache, strided_cache: [pages, num_kv_heads, page_slots, 2 * head_size].
-        window_table, strided_table: int32 [requests, *], page of each span of a tier's page tokens.
-        query_start_loc: int32 [requests + 1].
-        seq_lens: int32 [requests], context and queries.
+        q: [tokens, num_heads, head_size].
+        requests: whose queries these are.
         pattern: the pattern of these heads.
         scale: factor on the logits.
 
     Returns:
         [tokens, num_heads, head_size] in q's dtype; zeros for tokens that belong to no request.
     """
+    window_cache, strided_cache, window_table, strided_table, query_start_loc, seq_lens = requests
     layout = TierLayout(pattern, window_cache.shape[2])
     head_size = q.shape[-1]
     out = torch.zeros_like(q)

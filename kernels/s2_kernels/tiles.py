@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from s2_kernels.layout import TierLayout
+from s2_kernels.paged import PagedRequests
 from s2_kernels.pattern import S2Pattern
 
 LOG2_E = math.log2(math.e)
@@ -25,12 +26,7 @@ MAX_HEAD_SIZE = 256
 
 def check_paged_arguments(
     q: torch.Tensor,
-    window_cache: torch.Tensor,
-    strided_cache: torch.Tensor,
-    window_table: torch.Tensor,
-    strided_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
+    requests: PagedRequests,
     pattern: S2Pattern,
     scale: float,
     out: torch.Tensor,
@@ -56,17 +52,20 @@ def check_paged_arguments(
         )
     if not scale > 0:
         raise ValueError(f"scale: {scale}, expected a positive number")
-    layout = check_caches(window_cache, strided_cache, pattern, q.shape[2], q.dtype)
-    requests = seq_lens.shape[0]
-    if query_start_loc.shape != (requests + 1,):
+    layout = check_caches(requests.window_cache, requests.strided_cache, pattern, q.shape[2], q.dtype)
+    count = len(requests.seq_lens)
+    if requests.query_start_loc.shape != (count + 1,):
         raise ValueError(
-            f"query_start_loc: shape {tuple(query_start_loc.shape)}, expected [{requests + 1}], "
+            f"query_start_loc: shape {tuple(requests.query_start_loc.shape)}, expected [{count + 1}], "
             "one more than seq_lens"
         )
-    for name, table in (("window_table", window_table), ("strided_table", strided_table)):
-        if table.dim() != 2 or table.shape[0] < requests:
+    for name, table in (
+        ("window_table", requests.window_table),
+        ("strided_table", requests.strided_table),
+    ):
+        if table.dim() != 2 or table.shape[0] < count:
             raise ValueError(
-                f"{name}: shape {tuple(table.shape)}, expected a row for each of {requests} requests"
+                f"{name}: shape {tuple(table.shape)}, expected a row for each of {count} requests"
             )
         check_contiguous_last_dim(name, table)
     return layout

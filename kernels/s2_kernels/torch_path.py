@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 from s2_kernels.layout import TierLayout, head_tables
+from s2_kernels.paged import PagedRequests
 from s2_kernels.pattern import S2Pattern
 
 _GATHER_BYTES = 4 << 20
@@ -65,12 +66,7 @@ def write_cache(
 
 def paged_attention(
     q: torch.Tensor,
-    window_cache: torch.Tensor,
-    strided_cache: torch.Tensor,
-    window_table: torch.Tensor,
-    strided_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
+    requests: PagedRequests,
     pattern: S2Pattern,
     scale: float,
     out: torch.Tensor,
@@ -81,15 +77,13 @@ def paged_attention(
     Accumulates in float32, or in float64 for float64 queries.
 
     Args:
-        q: [tokens, num_heads, head_size]; a request's queries are the last tokens of its sequence.
-        window_cache, strided_cache: [pages, num_kv_heads, page_slots, 2 * head_size], any strides.
-        window_table, strided_table: int32 [requests, *], page of each span of a tier's page tokens.
-        query_start_loc: int32 [requests + 1].
-        seq_lens: int32 [requests], context and queries.
+        q: [tokens, num_heads, head_size].
+        requests: whose queries these are.
         pattern: the pattern of these heads.
         scale: factor on the logits.
         out: [tokens, num_heads, head_size], written for the tokens that belong to requests.
     """
+    window_cache, strided_cache, window_table, strided_table, query_start_loc, seq_lens = requests
     layout = TierLayout(pattern, window_cache.shape[2])
     scratch = _Scratch.allocate(window_cache, torch.promote_types(q.dtype, torch.float32))
     starts, lens = query_start_loc.tolist(), seq_lens.tolist()

@@ -24,6 +24,7 @@ from s2_kernels.hopper.gluon_api import reinterpret
 from s2_kernels.hopper.producer import PANEL, produce
 from s2_kernels.hopper.schedule import TILE_M, UNIT
 from s2_kernels.layout import head_tables
+from s2_kernels.paged import PagedRequests
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.tiles import LOG2_E
 
@@ -200,18 +201,14 @@ def prefill_fwd_kernel(
 
 def paged_prefill_fwd(
     q: torch.Tensor,
-    window_cache: torch.Tensor,
-    strided_cache: torch.Tensor,
-    window_table: torch.Tensor,
-    strided_table: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
+    requests: PagedRequests,
     pattern: S2Pattern,
     scale: float,
     out: torch.Tensor,
     max_seq_len: int | None,
 ) -> None:
     """`s2_kernels.prefill.paged_prefill` of tensors that `supports` accepts, after its checks."""
+    window_cache, strided_cache, window_table, strided_table, query_start_loc, seq_lens = requests
     page_slots, columns = window_cache.shape[2:]
     window, strided = _rows(window_cache, columns), _rows(strided_cache, columns)
     _launch(
