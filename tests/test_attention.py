@@ -11,7 +11,7 @@ import torch
 from s2_kernels import hopper
 from s2_kernels.attention import attend, s2_attention
 from s2_kernels.hopper import prefill
-from s2_kernels.masks import BlockMask, local_window, sink_blocks
+from s2_kernels.masks import BlockMask, local_window, pattern_block_mask, sink_blocks
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.reference import attention_reference
 from s2_kernels.sequences import Span
@@ -277,6 +277,26 @@ def test_batches_with_gaps_take_the_portable_kernel(place: int, on_hopper: list[
     assert on_hopper == []
 
 
+def test_tables_that_a_cuda_graph_reads_are_kept(
+    on_hopper: list[S2Pattern], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The caches of tables forget; a graph would go on reading their memory."""
+    held: list[tuple[torch.Tensor, ...]] = []
+    monkeypatch.setattr("s2_kernels.device._HELD_FOR_GRAPHS", held)
+    q, k, v = (x.new_ones(1, 70, 4, 64) for x in random_inputs(PATTERN, 1, 1, DEVICE))
+    s2_pattern = S2Pattern.build(4, 4, local_blocks=2, vert_stride=3)
+    for pattern, tables in ((s2_pattern, 3), (pattern_block_mask(s2_pattern, 70), 4)):
+        s2_attention(q, k, v, pattern)
+        assert not held
+        with monkeypatch.context() as capture:
+            capture.setattr(torch.backends.cuda, "is_built", lambda: True)
+            capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+            s2_attention(q, k, v, pattern)
+        assert [len(kept) for kept in held] == [tables]
+        held.clear()
+    assert on_hopper == 2 * [s2_pattern]
+
+
 def test_any_strides(device: str) -> None:
     fused = torch.randn(2, 8, 2, 70, 24, device=device, dtype=torch.float16)
     q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in fused.split([4, 2, 2], dim=1))
@@ -339,6 +359,8 @@ def test_wrong_arguments_are_named(device: str) -> None:
         s2_attention(q, k, v, PER_QUERY)
     with pytest.raises(ValueError, match=r"^k: shape"):
         s2_attention(q, k[..., :8], v, PATTERN)
+    with pytest.raises(ValueError, match=r"^q: shape"):
+        s2_attention(q[..., :0], k[..., :0], v[..., :0], PATTERN)
     with pytest.raises(ValueError, match=r"^k: 2 heads, expected a divisor of q's 3"):
         s2_attention(q[:, :, :3], k, v, PATTERN)
     with pytest.raises(ValueError, match=r"^v: shape"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from s2_kernels import torch_path
 from s2_kernels.cache_write import write_cache
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.prefill import paged_prefill
@@ -99,6 +102,26 @@ def check_what_attention_reads(batch: PagedBatch) -> None:
     out = batch.poisoned_output()
     paged_prefill(batch.q, batch.requests, batch.pattern, batch.scale, out)
     batch.check(out)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [write_cache, torch_path.write_cache, cache_write_reference],
+    ids=["triton", "torch", "reference"],
+)
+def test_a_token_without_a_slot_in_one_tier_is_skipped(write: Callable[..., None]) -> None:
+    batch = build_batch(SMALL, [(0, 80)])
+    window_slots, strided_slots = batch.window_slots.clone(), batch.strided_slots.clone()
+    window_slots[3], strided_slots[20] = -1, -1
+    written, expected = empty_pools(batch, "token-major"), empty_pools(batch, "token-major")
+    write(batch.key, batch.value, *written, window_slots, strided_slots, batch.pattern)
+    keep = torch.ones(80, dtype=torch.bool)
+    keep[[3, 20]] = False
+    new = (x[keep].to(DEVICE) for x in (batch.key, batch.value, batch.window_slots, batch.strided_slots))
+    key, value, *slots = new
+    cache_write_reference(key, value, *expected, *slots, batch.pattern)
+    for actual, wanted in zip(written, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def test_what_was_written_is_what_attention_reads() -> None:

@@ -285,6 +285,10 @@ def test_wrong_arguments_are_named() -> None:
     for name in ("block_m", "block_n"):
         with pytest.raises(ValueError, match=rf"^{name}: 24"):
             local_stride(**{name: 24})
+    with pytest.raises(ValueError, match=r"^block_size: 0"):
+        LocalStrideSparseAttention(4, 100, 0, 1, 2)
+    with pytest.raises(ValueError, match=r"^max_seq_len: 0"):
+        LocalStrideSparseAttention(4, 0, 16, 1, 2)
     with pytest.raises(ValueError, match=r"^block_size: 8"):
         SparseAttention(8, torch.eye(4))
     with pytest.raises(ValueError, match=r"^block_size: 32, expected 16"):
@@ -298,7 +302,11 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match=r"^num_kv_heads: 3"):
         local_stride(num_kv_heads=3)
     with pytest.raises(ValueError, match=r"^active_head_range: \(2, 5\)"):
-        local_stride(active_head_range=(2, 5))
+        local_stride(active_head_range=[2, 5])
+    with pytest.raises(ValueError, match=r"^active_head_range: \(0, 1, 2\)"):
+        local_stride(active_head_range=(0, 1, 2))
+    with pytest.raises(ValueError, match=r"^k: None, expected keys with v"):
+        attn(q, None, v, split_qkv=lambda x: (x, x, x))
     with pytest.raises(ValueError, match=r"^split_qkv: None"):
         attn(q)
     with pytest.raises(ValueError, match=r"^cu_seqlen_k: None"):

@@ -66,7 +66,9 @@ def test_not_pages_off_the_grid_of_rows() -> None:
     pool = torch.zeros(3, 2, 128, 128, dtype=F16)
     with_gap_per_page = torch.zeros(3, 2 * 128 * 128 + 8, dtype=F16)[:, :-8].view(pool.shape)
     with_columns_apart = torch.zeros(3, 2, 128, 256, dtype=F16)[..., ::2]
-    for irregular in (with_gap_per_page, with_columns_apart):
+    no_pages = pool[:0]
+    one_slot = pool[:, :, :1].expand(pool.shape)
+    for irregular in (with_gap_per_page, with_columns_apart, no_pages, one_slot):
         assert not hopper.supports(PATTERN, q, pool, irregular)
 
 
@@ -99,10 +101,14 @@ def with_rows_misaligned(x: torch.Tensor) -> torch.Tensor:
     return torch.zeros(tokens, heads * size + 4, dtype=x.dtype)[:, :-4].view(tokens, heads, size)
 
 
+def with_one_row(x: torch.Tensor) -> torch.Tensor:
+    return x[:1].expand(x.shape)
+
+
 @pytest.mark.usefixtures("everywhere")
 @pytest.mark.parametrize("place", range(3), ids=["q", "k", "v"])
 @pytest.mark.parametrize(
-    "change", [with_gap_per_head, with_dimensions_apart, misaligned, with_rows_misaligned]
+    "change", [with_gap_per_head, with_dimensions_apart, misaligned, with_rows_misaligned, with_one_row]
 )
 def test_not_memory_that_tma_cannot_load(change: Callable[[torch.Tensor], torch.Tensor], place: int) -> None:
     tensors = list(packed())

@@ -140,6 +140,20 @@ def test_wrong_arguments_are_named() -> None:
         dense_heads(4, 4, 1, num_kv_heads=3)
     with pytest.raises(ValueError, match=r"^num_dense: 3"):
         dense_heads(4, 4, 3, num_kv_heads=2)
-    for ranges in ((), ((0, 2),), ((4, 0),)):
+    for ranges in ((), ((0, 2),), ((4, 0),), ((None, 2), (2, 4))):
         with pytest.raises(ValueError, match=r"^ranges: "):
             range_strides(2, 4, ranges)
+    with pytest.raises(ValueError, match=r"^num_heads: 0"):
+        range_strides(0, 4, ((None, 2),))
+    with pytest.raises(ValueError, match=r"^num_blocks: 5, expected at most 4"):
+        BlockMask.from_dense(mask, 16).to_dense(5)
+
+
+def test_masks_are_on_the_cpu_whatever_the_default_device_is() -> None:
+    pattern = S2Pattern.build(2, 1, block_size=16, local_blocks=3, vert_stride=5)
+    with torch.device("meta"):
+        dense = pattern.block_mask(8) | sink_blocks(8, 1) | dense_heads(2, 8, 1) | local_window(8, 2)
+        dense |= range_strides(2, 8, ((2, 2), (None, 4)))
+        mask, whole = BlockMask.from_dense(dense, 16), pattern_block_mask(pattern, 200)
+    assert torch.equal(mask.to_dense(), dense)
+    assert whole.col.device.type == "cpu"

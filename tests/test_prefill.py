@@ -99,8 +99,15 @@ def test_wrong_arguments_are_named() -> None:
         ({"window_cache": window.half()}, r"^window_cache: dtype"),
         ({"strided_cache": strided[..., :-1]}, r"^strided_cache: shape"),
         ({"strided_cache": strided[:, :, :8]}, r"^strided_cache: 8 slots"),
-        ({"strided_table": requests.strided_table[:0]}, r"^strided_table: shape"),
+        ({"strided_table": requests.strided_table[:0]}, r"^strided_table: 0 rows"),
         ({"query_start_loc": requests.seq_lens}, r"^query_start_loc: shape"),
+        ({"seq_lens": requests.seq_lens.long()}, r"^seq_lens: torch.int64 \(1,\), expected torch.int32"),
+        ({"seq_lens": requests.seq_lens[0]}, r"^seq_lens: torch.int32 \(\), .* 1 dimensions"),
+        (
+            {"query_start_loc": requests.query_start_loc.repeat_interleave(2)[::2]},
+            r"^query_start_loc: strides",
+        ),
+        ({"window_table": requests.window_table.long()}, r"^window_table: torch.int64"),
     ):
         with pytest.raises(ValueError, match=message):
             paged_prefill(q, requests._replace(**wrong), pattern, scale, out)

@@ -13,6 +13,7 @@ from functools import lru_cache
 import torch
 
 from s2_kernels import hopper
+from s2_kernels.device import hold_for_graph
 from s2_kernels.masks import BlockMask, pattern_block_mask
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.sequences import Span, batch_spans, packed_spans
@@ -47,6 +48,8 @@ def s2_attention(
             Best on the CPU, where reading it costs no wait for the GPU.
         cu_seqlens_k: the same for keys; None when every token is also a query.
         return_lse: whether to return the log-sum-exp as well.
+
+    A call can be captured in a CUDA graph after one with the same lengths, which makes its tables.
 
     Returns:
         As q, in q's dtype. With `return_lse` also the natural logarithm of the sum of the exponentials of
@@ -119,7 +122,8 @@ def attend(
     lse = None
     if return_lse:
         lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=torch.float32)
-    _run_kernel(q, k, v, pattern, spans, scale, out, lse)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        _run_kernel(q, k, v, pattern, spans, scale, out, lse)
     return out, lse
 
 
@@ -179,6 +183,7 @@ def _attend_on_hopper(
     from s2_kernels.hopper.prefill import contiguous_prefill_fwd
 
     query_start_loc, key_start_loc, seq_lens = _packed_lengths(spans, q.shape[1], k.shape[1], q.device)
+    hold_for_graph(query_start_loc, key_start_loc, seq_lens)
     row_lse = None if lse is None else lse.new_empty(q.shape[0] * q.shape[1], q.shape[2])
     contiguous_prefill_fwd(
         q.flatten(0, 1),
@@ -230,9 +235,10 @@ def _attend_on_cpu(
         of_sequence = slice(span.key_start, span.key_start + span.num_keys)
         keys, values = (x[span.batch, of_sequence].float().repeat_interleave(group, dim=1) for x in (k, v))
         blocks = mask.to_dense(-(-span.num_keys // mask.block_size)).repeat_interleave(mask_group, dim=0)
-        key_positions = torch.arange(span.num_keys)
+        key_positions = torch.arange(span.num_keys, device=q.device)
+        rows_of_span = torch.arange(span.query_start, span.query_start + span.num_queries, device=q.device)
         for rows, positions in zip(
-            torch.arange(span.query_start, span.query_start + span.num_queries).split(_CPU_QUERIES),
+            rows_of_span.split(_CPU_QUERIES),
             key_positions[span.num_keys - span.num_queries :].split(_CPU_QUERIES),
             strict=True,
         ):
@@ -250,7 +256,7 @@ def _attend_on_cpu(
 
 def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Raise ValueError unless these are [batch, tokens, heads, head_size] of one attention call."""
-    if q.dim() != 4:
+    if q.dim() != 4 or q.shape[3] < 1:
         raise ValueError(f"q: shape {tuple(q.shape)}, expected [batch, queries, heads, head_size]")
     if k.dim() != 4 or (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
         raise ValueError(

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from s2_kernels.configs import launch_config, shape_key
+from s2_kernels.device import hold_for_graph
 from s2_kernels.masks import BlockMask
 from s2_kernels.sequences import Span
 from s2_kernels.tiles import (
@@ -294,6 +295,7 @@ def block_sparse_fwd(
     if len(tiles) == 0:
         return
     visits = merge_rows(mask, max(1, config["BLOCK_M"] // mask.block_size), q.device)
+    hold_for_graph(tiles, visits.offsets, visits.starts, visits.row_bits)
     num_heads = q.shape[2]
     block_sparse_fwd_kernel[(len(tiles) * num_heads,)](
         q,

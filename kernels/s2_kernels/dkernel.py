@@ -58,9 +58,7 @@ class SparseAttention(torch.nn.Module):
         """
         super().__init__()
         _check_causal(causal)
-        for name, size in (("block_size", block_size), ("block_m", block_m), ("block_n", block_n)):
-            if size is not None and (size < _MIN_BLOCK_SIZE or size & (size - 1)):
-                raise ValueError(f"{name}: {size}, expected a power of two of at least {_MIN_BLOCK_SIZE}")
+        _check_sizes(block_size, block_m, block_n)
         if seq_dim not in (None, 1, 2):
             raise ValueError(f"seq_dim: {seq_dim}, expected None, 1 or 2")
         self.mask = _block_mask(sparse_pattern, block_size)
@@ -187,7 +185,7 @@ class LocalStrideSparseAttention(SparseAttention):
 
         Args:
             num_heads: query heads.
-            max_seq_len: the longest sequence, rounded up to whole blocks, and at least to 64 tokens.
+            max_seq_len: the longest sequence; rounded up to a multiple of 64 and of every block size.
             block_size: tokens per block, a power of two of at least 16.
             local_blocks: blocks of the local window, the query's own included.
             vert_stride: each head attends to one older block in every so many.
@@ -204,6 +202,9 @@ class LocalStrideSparseAttention(SparseAttention):
             NotImplementedError: `causal` is false; the kernels never look at later keys.
         """
         _check_causal(causal)
+        _check_sizes(block_size, block_m, block_n)
+        if max_seq_len < 1:
+            raise ValueError(f"max_seq_len: {max_seq_len}, expected a positive integer")
         if num_kv_heads is None:
             num_kv_heads = num_heads
         if homo_head and num_dense_heads:
@@ -220,7 +221,7 @@ class LocalStrideSparseAttention(SparseAttention):
             homo_head,
             num_dense_heads,
             head_sliding_offset,
-            None if homo_head else active_head_range,
+            None if homo_head or active_head_range is None else tuple(active_head_range),
         )
         super().__init__(
             block_size,
@@ -247,6 +248,12 @@ def _check_causal(causal: bool) -> None:
     # Refused and not ignored: the kernels never look at later keys.
     if not causal:
         raise NotImplementedError("causal: False, expected True: non-causal attention is not supported")
+
+
+def _check_sizes(block_size: int, block_m: int | None, block_n: int | None) -> None:
+    for name, size in (("block_size", block_size), ("block_m", block_m), ("block_n", block_n)):
+        if size is not None and (size < _MIN_BLOCK_SIZE or size & (size - 1)):
+            raise ValueError(f"{name}: {size}, expected a power of two of at least {_MIN_BLOCK_SIZE}")
 
 
 def _block_mask(sparse_pattern: torch.Tensor | BlockMask, block_size: int) -> BlockMask:
@@ -276,15 +283,16 @@ def _local_stride(
     homo_head: bool,
     num_dense_heads: int,
     head_sliding_offset: int,
-    head_range: tuple[int, int] | None,
+    head_range: tuple[int, ...] | None,
 ) -> tuple[BlockMask, S2Pattern | None]:
     """One mask for all heads with `homo_head`, else one for each query head in `head_range`; and the heads'
     S2 pattern, unless some are dense or the range cuts the query heads of a KV head apart.
     """
     if num_kv_heads < 1 or num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads: {num_kv_heads}, expected a divisor of num_heads ({num_heads})")
-    first, end = head_range or (0, num_heads)
-    if not 0 <= first < end <= num_heads:
+    head_range = head_range or (0, num_heads)
+    first, end = head_range[0], head_range[-1]
+    if len(head_range) != 2 or not 0 <= first < end <= num_heads:
         raise ValueError(f"active_head_range: {head_range}, expected a part of [0, {num_heads})")
     distinct = 1 if homo_head else num_kv_heads
     of_kv_heads = S2Pattern.build(
@@ -315,6 +323,8 @@ def _split(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if k is not None and v is not None:
         return q, k, v
+    if v is not None:
+        raise ValueError("k: None, expected keys with v")
     if split_qkv is None:
         raise ValueError("split_qkv: None, expected a function that takes packed inputs apart, without v")
     if k is None:

@@ -99,6 +99,8 @@ class BlockMask:
     def to_dense(self, num_blocks: int | None = None) -> torch.Tensor:
         """bool [heads, blocks, blocks] (query, key), of the first `num_blocks` blocks."""
         size = self.num_blocks if num_blocks is None else num_blocks
+        if size > self.num_blocks:
+            raise ValueError(f"num_blocks: {num_blocks}, expected at most {self.num_blocks}")
         dense = torch.zeros(self.num_heads, size, size, dtype=torch.bool, device=self.col.device)
         for head in range(self.num_heads):
             counts = self.crow[head].diff()[:size]
@@ -129,8 +131,7 @@ def local_window(num_blocks: int, local_blocks: int) -> torch.Tensor:
 
 def sink_blocks(num_blocks: int, num_sinks: int) -> torch.Tensor:
     """The first `num_sinks` blocks, always (arXiv 2309.17453): bool [1, num_blocks, num_blocks]."""
-    key = torch.arange(num_blocks)
-    return ((_distance(num_blocks) >= 0) & (key < num_sinks))[None]
+    return ((_distance(num_blocks) >= 0) & (_range(num_blocks) < num_sinks))[None]
 
 
 def dense_heads(
@@ -152,7 +153,7 @@ def dense_heads(
         raise ValueError(f"num_kv_heads: {num_kv_heads}, expected a divisor of num_heads ({num_heads})")
     if not 0 <= num_dense <= num_kv_heads:
         raise ValueError(f"num_dense: {num_dense}, expected a value in [0, {num_kv_heads}]")
-    kv_head = torch.arange(num_heads) // (num_heads // num_kv_heads)
+    kv_head = _range(num_heads) // (num_heads // num_kv_heads)
     is_dense = kv_head >= num_kv_heads - num_dense
     return is_dense[:, None, None] & (_distance(num_blocks) >= 0)
 
@@ -183,34 +184,44 @@ def range_strides(
         bool [num_heads, num_blocks, num_blocks].
 
     Raises:
-        ValueError: `ranges` is empty or one of them has no blocks or no stride.
+        ValueError: there are no heads or no ranges, or one of them has no blocks, no stride or no place.
     """
+    if num_heads < 1:
+        raise ValueError(f"num_heads: {num_heads}, expected a positive integer")
     if not ranges or any(stride < 1 or (blocks is not None and blocks < 1) for blocks, stride in ranges):
         raise ValueError(f"ranges: {ranges}, expected (blocks, stride) pairs of positive integers")
+    if any(blocks is None for blocks, _ in ranges[:-1]):
+        raise ValueError(f"ranges: {ranges}, expected None for the blocks of the last range only")
     step = head_sliding_step
     if step is None:
         step = max(1, max(stride for _, stride in ranges) // num_heads)
-    shift = torch.arange(num_heads)[:, None, None] * step + head_sliding_offset
+    shift = _range(num_heads)[:, None, None] * step + head_sliding_offset
     distance = _distance(num_blocks)
-    mask = torch.zeros(num_heads, num_blocks, num_blocks, dtype=torch.bool)
+    mask = torch.zeros(num_heads, num_blocks, num_blocks, dtype=torch.bool, device=distance.device)
     nearest = 0
     for blocks, stride in ranges:
         end = num_blocks if blocks is None else nearest + blocks
-        mask |= (distance >= nearest) & (distance < end) & ((torch.arange(num_blocks) + shift) % stride == 0)
+        mask |= (distance >= nearest) & (distance < end) & ((_range(num_blocks) + shift) % stride == 0)
         nearest = end
     return mask
 
 
 def _distance(num_blocks: int) -> torch.Tensor:
     """int64 [num_blocks, num_blocks], query block - key block."""
-    blocks = torch.arange(num_blocks)
+    blocks = _range(num_blocks)
     return blocks[:, None] - blocks
 
 
+def _range(size: int) -> torch.Tensor:
+    """Masks are made on the CPU, whatever PyTorch's default device is."""
+    return torch.arange(size, device="cpu")
+
+
 def _to_csr(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    crow = torch.zeros(mask.shape[0], mask.shape[1] + 1, dtype=torch.int32)
+    crow = torch.zeros(mask.shape[0], mask.shape[1] + 1, dtype=torch.int32, device=mask.device)
     crow[:, 1:] = mask.sum(dim=2).cumsum(dim=1)
-    col = torch.full((mask.shape[0], int(crow[:, -1].max()) if crow.numel() else 0), -1, dtype=torch.int32)
+    most = int(crow[:, -1].max()) if crow.numel() else 0
+    col = torch.full((mask.shape[0], most), -1, dtype=torch.int32, device=mask.device)
     for row, blocks in zip(col, mask, strict=True):
         keys = blocks.nonzero()[:, 1]
         row[: len(keys)] = keys

@@ -160,13 +160,13 @@ class S2Pattern:
         return in_window or key_block % self.vert_stride == self.residues[head]
 
     def block_mask(self, num_blocks: int) -> torch.Tensor:
-        """`attends` for all heads and blocks: bool [num_heads, num_blocks, num_blocks] (query, key)."""
+        """`attends` for all heads and blocks: bool [num_heads, num_blocks, num_blocks], on the CPU."""
         import torch
 
-        query = torch.arange(num_blocks)[:, None]
-        key = torch.arange(num_blocks)[None, :]
+        query = torch.arange(num_blocks, device="cpu")[:, None]
+        key = torch.arange(num_blocks, device="cpu")[None, :]
         window = query - key < self.local_blocks
-        strided = key % self.vert_stride == torch.tensor(self.residues)[:, None, None]
+        strided = key % self.vert_stride == torch.tensor(self.residues, device="cpu")[:, None, None]
         return (window | strided) & (key <= query)
 
     def stored_tokens(self, length: int) -> tuple[float, float]:
@@ -254,7 +254,7 @@ def first_returning_block(block_mask: torch.Tensor) -> tuple[int, int] | None:
     if block_mask.dim() != 3 or block_mask.shape[1] != block_mask.shape[2]:
         raise ValueError(f"block_mask: shape {tuple(block_mask.shape)}, expected [heads, blocks, blocks]")
     blocks = block_mask.shape[1]
-    causal = torch.ones(blocks, blocks, dtype=torch.bool).tril()
+    causal = torch.ones(blocks, blocks, dtype=torch.bool, device=block_mask.device).tril()
     dropped = ((~block_mask) & causal).cumsum(dim=1) > 0
     returning = (block_mask & dropped & causal).any(dim=1)
     first = returning.nonzero()

@@ -105,14 +105,14 @@ def cache_write_reference(
     Args:
         key, value: [tokens, num_kv_heads, head_size].
         window_cache, strided_cache: [pages, num_kv_heads, page_slots, 2 * head_size].
-        window_slots: int64 [tokens], page * page_slots + slot; -1 for a padding token.
+        window_slots: int64 [tokens], page * page_slots + slot.
         strided_slots: int64 [tokens], page * strided_page_tokens + position mod
-            strided_page_tokens, as vLLM computes it; -1 for a padding token.
+            strided_page_tokens, as vLLM computes it. A token with -1 in either is padding and skipped.
         pattern: the pattern of these heads.
     """
     layout = TierLayout(pattern, window_cache.shape[2])
     for t, (window, strided) in enumerate(zip(window_slots.tolist(), strided_slots.tolist(), strict=True)):
-        if window < 0:
+        if window < 0 or strided < 0:
             continue
         page, slot = divmod(window, layout.page_slots)
         window_cache[page, :, slot] = torch.cat([key[t], value[t]], dim=-1)

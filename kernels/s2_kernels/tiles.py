@@ -53,22 +53,34 @@ def check_paged_arguments(
     if not scale > 0:
         raise ValueError(f"scale: {scale}, expected a positive number")
     layout = check_caches(requests.window_cache, requests.strided_cache, pattern, q.shape[2], q.dtype)
-    count = len(requests.seq_lens)
-    if requests.query_start_loc.shape != (count + 1,):
+    _check_requests(requests)
+    return layout
+
+
+def _check_requests(requests: PagedRequests) -> None:
+    """Raise ValueError unless the tables and lengths are int32 arrays for the same requests."""
+    for name, dimensions in (
+        ("seq_lens", 1),
+        ("query_start_loc", 1),
+        ("window_table", 2),
+        ("strided_table", 2),
+    ):
+        tensor = getattr(requests, name)
+        if tensor.dim() != dimensions or tensor.dtype != torch.int32:
+            raise ValueError(
+                f"{name}: {tensor.dtype} {tuple(tensor.shape)}, expected torch.int32, {dimensions} dimensions"
+            )
+        check_contiguous_last_dim(name, tensor)
+    count = requests.seq_lens.shape[0]
+    if requests.query_start_loc.shape[0] != count + 1:
         raise ValueError(
             f"query_start_loc: shape {tuple(requests.query_start_loc.shape)}, expected [{count + 1}], "
             "one more than seq_lens"
         )
-    for name, table in (
-        ("window_table", requests.window_table),
-        ("strided_table", requests.strided_table),
-    ):
-        if table.dim() != 2 or table.shape[0] < count:
-            raise ValueError(
-                f"{name}: shape {tuple(table.shape)}, expected a row for each of {count} requests"
-            )
-        check_contiguous_last_dim(name, table)
-    return layout
+    for name in ("window_table", "strided_table"):
+        rows = getattr(requests, name).shape[0]
+        if rows < count:
+            raise ValueError(f"{name}: {rows} rows, expected one for each of {count} requests")
 
 
 def check_caches(

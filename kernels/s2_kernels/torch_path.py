@@ -39,19 +39,18 @@ def write_cache(
     Args:
         key, value: [tokens, num_kv_heads, head_size].
         window_cache, strided_cache: [pages, num_kv_heads, page_slots, 2 * head_size], any strides.
-        window_slots: int64 [tokens], page * page_slots + slot; -1 for a padding token.
+        window_slots: int64 [tokens], page * page_slots + slot.
         strided_slots: int64 [tokens], page * strided_page_tokens + position mod
-            strided_page_tokens, as vLLM computes it; -1 for a padding token.
+            strided_page_tokens, as vLLM computes it. A token with -1 in either is padding and skipped.
         pattern: the pattern of these heads.
     """
     layout = TierLayout(pattern, window_cache.shape[2])
     states = torch.cat([key, value], dim=-1).to(window_cache.dtype)
 
-    tokens = (window_slots >= 0).nonzero().flatten()
+    tokens = ((window_slots >= 0) & (strided_slots >= 0)).nonzero().flatten()
     slots = window_slots[tokens]
     window_cache[slots // layout.page_slots, :, slots % layout.page_slots] = states[tokens]
 
-    tokens = (strided_slots >= 0).nonzero().flatten()
     slots = strided_slots[tokens]
     local_position = slots % layout.strided_page_tokens
     block = local_position // pattern.block_size

@@ -38,18 +38,19 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def _has_rows(tensor: torch.Tensor) -> bool:
-    """Whether the tensor's memory is an array of equally spaced, 16-byte aligned rows, as TMA wants it.
+    """Whether the tensor's memory is some equally spaced, 16-byte aligned rows, as TMA wants it.
 
     Of four dimensions, a row is a slot, which lies at a multiple of the rows' distance from the first;
     of three, a token with its heads side by side.
     """
     strides = tensor.stride()
+    row = strides[-2] if tensor.dim() == 4 else strides[0]
+    if row == 0 or tensor.numel() == 0:
+        return False
     if tensor.dim() == 4:
-        regular = strides[0] % strides[2] == 0 and strides[1] % strides[2] == 0
-        row = strides[2]
+        regular = strides[0] % row == 0 and strides[1] % row == 0
     else:
         regular = strides[1] == tensor.shape[2]
-        row = strides[0]
     return (
         regular and strides[-1] == 1 and row * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
     )
