@@ -18,9 +18,11 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
+from s2_kernels.layout import head_tables
 from s2_vllm.backend import S2AttentionBackend
 from s2_vllm.config import KEY, S2ConfigError
 from s2_vllm.specs import strided_spec, window_spec
@@ -30,15 +32,23 @@ if TYPE_CHECKING:
     from s2_vllm.plan import CachePlan
 
 
-def attention_class(cls: type[Attention], prefix: str) -> type[Attention]:
+def attention_class(cls: type[Attention], options: dict[str, Any]) -> type[Attention]:
     """The class to construct where a model asks for `cls`: `S2Attention` for a sparse layer.
 
+    Args:
+        cls: vLLM's class.
+        options: the keyword arguments that it is to be constructed with.
+
     Raises:
-        S2ConfigError: a sparse layer asks for a special kind of attention.
+        S2ConfigError: a sparse layer asks for a special kind of attention, or a dense one for a window.
     """
     vllm_config = get_current_vllm_config_or_none()
     plan = None if vllm_config is None else plan_of(vllm_config)
-    if plan is None or extract_layer_index(prefix) in plan.dense_layers:
+    if plan is None:
+        return cls
+    prefix = options.get("prefix", "")
+    if extract_layer_index(prefix) in plan.dense_layers:
+        _check_dense_layer(prefix, options)
         return cls
     if cls is not Attention:
         raise _refusal(prefix, f"is a {cls.__name__}")
@@ -98,6 +108,16 @@ class S2Attention(Attention):
             context = vllm_config.compilation_config.static_forward_context
             context[self.strided.layer_name] = self.strided
 
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Make the pattern's tables now: no CUDA graph may be waiting for them later.
+
+        They are the layer's buffers: in its sleep mode vLLM keeps nothing else that was made while loading.
+        """
+        super().process_weights_after_loading(act_dtype)
+        device = torch.empty(0, device=current_platform.device_type).device
+        for name, table in head_tables(self.impl.pattern, device)._asdict().items():
+            self.register_buffer(f"s2_{name}", table, persistent=False)
+
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         """The window tier's; vLLM asks leaders only, and asks the strided sibling by itself."""
         return window_spec(self.plan, self.kv_cache_torch_dtype)
@@ -137,7 +157,10 @@ class S2Attention(Attention):
         if self.head_size != self.plan.model.head_size:
             raise _refusal(self.layer_name, f"has a head size of its own ({self.head_size})")
         if self.sliding_window is not None:
-            raise _refusal(self.layer_name, f"has a sliding window ({self.sliding_window} tokens)")
+            raise S2ConfigError(
+                f"{KEY}: layer {self.layer_name} has a sliding window ({self.sliding_window} tokens), "
+                "expected plain causal attention"
+            )
         if self.kv_cache_torch_dtype.itemsize != self.plan.model.dtype_bytes:
             raise S2ConfigError(
                 f"kv_cache_dtype: {self.kv_cache_dtype} in layer {self.layer_name}, expected auto"
@@ -154,13 +177,24 @@ def _leader(plan: CachePlan, prefix: str, vllm_config: VllmConfig) -> S2Attentio
     raise RuntimeError(f"layer {prefix}: layer {wanted}, which owns its pages, does not exist yet")
 
 
+def _check_dense_layer(prefix: str, options: dict[str, Any]) -> None:
+    """Refuse a sliding window, whose pages the plan has no place for."""
+    window = options.get("per_layer_sliding_window")
+    if window is None:
+        window = getattr(options.get("cache_config"), "sliding_window", None)
+    if window is not None:
+        raise S2ConfigError(
+            f"{KEY}.dense_layers: layer {prefix} has a sliding window ({window} tokens), expected layers "
+            "with full attention"
+        )
+
+
 def _check_arguments(prefix: str, arguments: dict[str, Any]) -> None:
     """Refuse what S2-Attention does not compute, by name."""
     special = {
         "alibi_slopes": "uses ALiBi",
         "use_alibi_sqrt": "uses ALiBi",
         "logits_soft_cap": "soft-caps its logits",
-        "per_layer_sliding_window": "has a sliding window",
         "kv_sharing_target_layer_name": "shares another layer's KV cache",
         "attn_backend": "brings an attention backend of its own",
         "sinks": "has attention sinks",

@@ -21,7 +21,6 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from s2_kernels.layout import head_tables
 from s2_kernels.paged import PagedRequests
 from s2_kernels.pattern import S2Pattern
 
@@ -155,13 +154,6 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.pattern = pattern
         self.strided_name = strided_name
-
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Make the pattern's tables now: no CUDA graph may be waiting for them later."""
-        from vllm.platforms import current_platform
-
-        if not current_platform.is_cpu():
-            head_tables(self.pattern, torch.empty(0, device=current_platform.device_type).device)
 
     def warm_up(self, kv_cache: torch.Tensor) -> None:
         """Compile the prefill kernels, which the first requests would wait for otherwise.

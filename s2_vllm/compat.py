@@ -66,7 +66,7 @@ def install_layers() -> None:
     def new(cls: type[Attention], *args: Any, **kwargs: Any) -> Attention:
         from s2_vllm.attention import attention_class
 
-        return object.__new__(attention_class(cls, kwargs.get("prefix", "")))
+        return object.__new__(attention_class(cls, kwargs))
 
     Attention.__new__ = new
 

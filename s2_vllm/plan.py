@@ -24,6 +24,9 @@ from s2_vllm.config import KEY, S2Config, S2ConfigError
 # The largest share of KV memory that sharing entries may leave unused.
 MAX_PADDING = 0.10
 
+MAX_HEAD_SIZE = 256
+"""The kernels' limit."""
+
 # vLLM's CPU attention wants pages of a multiple of 32 tokens, FlashAttention of 16.
 PAGE_SLOTS_MULTIPLE = 32
 
@@ -187,8 +190,11 @@ def make_plan(
         block_size: tokens per page of a dense layer, where the user has asked for a number.
 
     Raises:
-        S2ConfigError: the pattern does not fit the heads, or `block_size` cannot be honoured.
+        S2ConfigError: the heads are too large or the pattern does not fit them, or `block_size` cannot be
+            honoured.
     """
+    if model.head_size > MAX_HEAD_SIZE:
+        raise S2ConfigError(f"head_size: {model.head_size}, expected at most {MAX_HEAD_SIZE}")
     pattern = config.pattern(model.num_heads, model.num_kv_heads)
     try:
         num_kept = pattern.shard(0, tensor_parallel_size).num_kept

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 STRIDED_SUFFIX = ".strided"
 
+# Of the model's configuration, which vLLM copies whole: `VllmConfig` is remade from its own fields at times.
 _PLAN_ATTRIBUTE = "s2_cache_plan"
 
 
@@ -51,19 +52,20 @@ def prepare(vllm_config: VllmConfig) -> bool:
     )
     cache_config.block_size = plan.dense_block_size
     cache_config.user_specified_block_size = True
-    setattr(vllm_config, _PLAN_ATTRIBUTE, plan)
+    setattr(model_config, _PLAN_ATTRIBUTE, plan)
     return True
 
 
 def plan_of(vllm_config: VllmConfig) -> CachePlan | None:
     """The plan that `prepare` made for this configuration, None for a model without a pattern."""
-    return getattr(vllm_config, _PLAN_ATTRIBUTE, None)
+    return getattr(vllm_config.model_config, _PLAN_ATTRIBUTE, None)
 
 
 def check_and_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     """Compare the KV cache that vLLM has laid out with the plan, and log one line about it.
 
     Raises:
+        S2ConfigError: a dense layer has something else than full attention.
         RuntimeError: vLLM's groups are not the planned ones.
     """
     plan = plan_of(vllm_config)
@@ -78,10 +80,7 @@ def _check_groups(plan: CachePlan, kv_cache_config: KVCacheConfig) -> None:
     entries: Counter[str] = Counter()
     for group in kv_cache_config.kv_cache_groups:
         spec = group.kv_cache_spec
-        if group.layer_names[0].endswith(STRIDED_SUFFIX):
-            name = "strided"
-        else:
-            name = "window" if getattr(spec, "sliding_window", None) else "dense"
+        name = _tier_of(group.layer_names[0], spec, plan)
         actual[name, spec.block_size, spec.page_size_bytes] += 1
         entries[name] += len(group.layer_names)
     expected = Counter({(t.name, t.block_size, plan.page_bytes): plan.num_groups(t) for t in plan.tiers})
@@ -96,6 +95,22 @@ def _check_groups(plan: CachePlan, kv_cache_config: KVCacheConfig) -> None:
                 f"KV cache entries of the {tier.name} tier: {entries[tier.name]}, expected "
                 f"{tier.num_entries}: some layers of this model do not use vLLM's Attention layer"
             )
+
+
+def _tier_of(layer_name: str, spec: Any, plan: CachePlan) -> str:
+    from vllm.model_executor.models.utils import extract_layer_index
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    if layer_name.endswith(STRIDED_SUFFIX):
+        return "strided"
+    if extract_layer_index(layer_name) not in plan.dense_layers:
+        return "window"
+    if not isinstance(spec, FullAttentionSpec) or spec.sliding_window or spec.attention_chunk_size:
+        raise S2ConfigError(
+            f"{KEY}.dense_layers: layer {layer_name} has a KV cache of its own kind ({type(spec).__name__}), "
+            "expected layers with full attention"
+        )
+    return "dense"
 
 
 def _report(plan: CachePlan, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
@@ -170,9 +185,6 @@ def _check_model(model_config: ModelConfig) -> None:
         refuse("has layers with a recurrent state")
     if model_config.runner_type != "generate":
         refuse(f"runs as a {model_config.runner_type} model")
-    head_size = model_config.get_head_size()
-    if head_size > 256:
-        raise S2ConfigError(f"{KEY}: head size {head_size}, expected at most 256")
 
 
 def _check_options(vllm_config: VllmConfig) -> None:
@@ -188,6 +200,8 @@ def _check_options(vllm_config: VllmConfig) -> None:
         "decode_context_parallel_size": (parallel.decode_context_parallel_size, 1),
         "prefill_context_parallel_size": (parallel.prefill_context_parallel_size, 1),
         "enable_dbo": (parallel.enable_dbo, False),
+        "ubatch_size": (max(1, parallel.ubatch_size), 1),
+        "kv_offloading_size": (cache.kv_offloading_size, None),
         "kv_sharing_fast_prefill": (cache.kv_sharing_fast_prefill, False),
         "disable_hybrid_kv_cache_manager": (
             bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager),

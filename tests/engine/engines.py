@@ -120,5 +120,13 @@ def pages_handed_out(llm: LLM) -> Iterator[list[int]]:
 
 def kv_caches(llm: LLM) -> list[Any]:
     """The pools of pages of all cache entries, as the worker's tensors."""
-    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-    return worker.model_runner.kv_caches
+    return _model_runner(llm).kv_caches
+
+
+def model(llm: LLM) -> Any:
+    """The model's module."""
+    return _model_runner(llm).model
+
+
+def _model_runner(llm: LLM) -> Any:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner

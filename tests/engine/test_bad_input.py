@@ -167,6 +167,19 @@ def test_fp8_kv_cache(tmp_path: Path) -> None:
         start_llama(tmp_path, S2, kv_cache_dtype="fp8")
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("kv_offloading_size", 1.0), ("ubatch_size", 2), ("enable_dbo", True)]
+)
+def test_options_that_bring_what_is_not_served(tmp_path: Path, option: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{option}: {value}, expected"):
+        start_llama(tmp_path, S2, **{option: value}, all2all_backend="deepep_low_latency")
+
+
+def test_heads_that_are_too_large(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"head_size: 264, expected at most 256"):
+        start_llama(tmp_path, S2, {"head_dim": 264})
+
+
 def test_pipeline_parallelism(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"pipeline_parallel_size: 2, expected 1"):
         start_llama(tmp_path, S2, pipeline_parallel_size=2)
@@ -189,6 +202,19 @@ def test_sliding_window_model(tmp_path: Path) -> None:
         start(tmp_path, MistralConfig(**SHAPE, sliding_window=64), "MistralForCausalLM", S2)
 
 
+def test_sliding_window_in_a_dense_layer(tmp_path: Path) -> None:
+    message = (
+        r"s2_attention\.dense_layers: layer .*layers\.0\..* has a sliding window \(64 tokens\), expected"
+    )
+    with pytest.raises(ValueError, match=message):
+        start(
+            tmp_path,
+            MistralConfig(**SHAPE, sliding_window=64),
+            "MistralForCausalLM",
+            {**S2, "dense_layers": [0]},
+        )
+
+
 def test_soft_capped_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"layers\.0\..* soft-caps its logits, expected plain"):
         start(tmp_path, Gemma2Config(**SHAPE, sliding_window=64), "Gemma2ForCausalLM", S2)
@@ -201,10 +227,11 @@ def test_alibi_model(tmp_path: Path) -> None:
 
 
 def test_model_with_sinks(tmp_path: Path) -> None:
-    """Layer 0 has a sliding window as well: it is dense here."""
-    config = GptOssConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2)
-    with pytest.raises(ValueError, match=r"layers\.1\..* has attention sinks, expected plain"):
-        start(tmp_path, config, "GptOssForCausalLM", {**S2, "dense_layers": [0]})
+    """No layer has a sliding window here."""
+    layers = 2 * ["full_attention"]
+    config = GptOssConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2, layer_types=layers)
+    with pytest.raises(ValueError, match=r"layers\.0\..* has attention sinks, expected plain"):
+        start(tmp_path, config, "GptOssForCausalLM", S2)
 
 
 def test_mla_model(tmp_path: Path) -> None:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from vllm.config.utils import replace
 
+from s2_kernels.layout import head_tables
+from s2_vllm.startup import plan_of
 from tests.engine.checkpoints import FAMILIES, random_prompts
 from tests.engine.engines import (
     assert_all_pages_free,
@@ -17,6 +22,7 @@ from tests.engine.engines import (
     generate,
     greedy,
     greedy_params,
+    model,
 )
 from tests.engine.oracle import Oracle
 
@@ -116,6 +122,18 @@ def test_many_sparse_layers_share_entries(checkpoint: Callable[..., Path]) -> No
     with engine(checkpoint(case.family, case.s2, **case.shape)) as llm:
         layers = Counter(attention_layers(llm).values())
         assert 0 < layers["StridedTier"] < layers["S2Attention"]
+
+
+def test_what_vllm_remakes_and_keeps_has_the_plan_and_the_tables(checkpoint: Callable[..., Path]) -> None:
+    """vLLM's autotuning remakes the configuration; its sleep mode keeps what is a parameter or a buffer."""
+    with engine(checkpoint("llama", MIXED)) as llm:
+        config = llm.llm_engine.vllm_config
+        remade = replace(config, cache_config=copy(config.cache_config))
+        assert plan_of(remade) == plan_of(config) is not None
+        assert remade.cache_config.block_size == config.cache_config.block_size
+        kept = {buffer.data_ptr() for _, buffer in model(llm).named_buffers()}
+        tables = head_tables(plan_of(config).pattern_of_rank(0), torch.device("cpu"))
+        assert {table.data_ptr() for table in tables} <= kept
 
 
 def test_options_that_name_the_page_and_the_backend(checkpoint: Callable[..., Path]) -> None:
