@@ -56,9 +56,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     raw = _read(arguments.model, arguments.hf_overrides)
     config, model = _config_of(raw), _geometry_of(raw, arguments.dtype)
     plan = make_plan(config, model, arguments.tensor_parallel_size, arguments.block_size)
-    length = arguments.max_model_len or raw.get("max_position_embeddings")
-    if length is None:
+    if arguments.max_model_len is None and raw.get("max_position_embeddings") is None:
         raise S2ConfigError("--max-model-len: missing, expected a number (config.json names none)")
+    length = arguments.max_model_len or _integer(raw, "max_position_embeddings")
     facts = describe(plan, length, arguments.kv_cache_memory, arguments.max_num_batched_tokens)
     print(json.dumps(facts, indent=2) if arguments.json else _table(facts))
 
@@ -140,7 +140,7 @@ def _read(path: Path, overrides: dict[str, Any]) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     try:
         raw = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise S2ConfigError(f"{file}: {error}, expected JSON") from error
     if not isinstance(raw, dict):
         raise S2ConfigError(f"{file}: {type(raw).__name__}, expected a JSON object")

@@ -94,6 +94,8 @@ def test_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_broken_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_bytes(b"\xff")
+    assert "config.json: 'utf-8' codec" in _error(capsys, "plan", tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert "expected JSON" in _error(capsys, "plan", tmp_path)
 
@@ -112,6 +114,19 @@ def test_bad_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_missing_geometry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _save(tmp_path, GEOMETRIES["hhst-8b"].hf_config(num_hidden_layers=None))
     assert "num_hidden_layers: None, expected a positive integer" in _error(capsys, "plan", tmp_path)
+
+
+@pytest.mark.parametrize("length", ["x", 0, -5, True])
+def test_bad_length(tmp_path: Path, length: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    _save(tmp_path, GEOMETRIES["hhst-8b"].hf_config(max_position_embeddings=length))
+    message = f"max_position_embeddings: {length!r}, expected a positive integer"
+    assert message in _error(capsys, "plan", tmp_path)
+    assert _plan(capsys, tmp_path, "--max-model-len", 4096)["max_model_len"] == 4096
+
+
+def test_heads_that_the_engine_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _save(tmp_path, GEOMETRIES["hhst-8b"].hf_config(head_dim=300))
+    assert "head_size: 300, expected at most 256" in _error(capsys, "plan", tmp_path)
 
 
 def test_unsupported_image(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

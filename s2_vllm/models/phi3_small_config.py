@@ -76,6 +76,8 @@ class Phi3SmallConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         scaling = kwargs.pop("rope_scaling", None) or self.rope_parameters
+        if scaling is not None and not isinstance(scaling, dict):
+            raise ValueError(f"rope_scaling: {scaling!r}, expected an object or null")
         original_length = kwargs.pop("original_max_position_embeddings", None)
         self.rope_parameters = _rope_parameters(scaling, self.rope_embedding_base, original_length)
         if "original_max_position_embeddings" in self.rope_parameters:
@@ -134,9 +136,9 @@ class Phi3SmallConfig(PreTrainedConfig):
         for key in ("mup_embedding_multiplier", "mup_width_multiplier"):
             value = getattr(self, key)
             _check(self, key, value is None or _positive(value), "a positive number or null")
-        ids = self.dummy_token_indices or []
-        known = all(isinstance(i, int) and 0 <= i < self.vocab_size for i in ids)
-        _check(self, "dummy_token_indices", known, f"token ids from 0 to {self.vocab_size - 1}")
+        ids = self.dummy_token_indices
+        known = isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < self.vocab_size for i in ids)
+        _check(self, "dummy_token_indices", known, f"a list of token ids from 0 to {self.vocab_size - 1}")
         self._check_rope()
 
     def _check_rope(self) -> None:

@@ -62,6 +62,8 @@ VALUES: dict[str, tuple[dict[str, Any], str]] = {
     "every_n_layers": ({"dense_attention_every_n_layers": -1}, "dense_attention_every_n_layers: -1"),
     "position_scale": ({"rope_position_scale": 0}, "rope_position_scale: 0"),
     "width_multiplier": ({"mup_width_multiplier": "8"}, "mup_width_multiplier: '8'"),
+    "rope_scaling": ({"rope_scaling": "su"}, "rope_scaling: 'su', expected an object"),
+    "dummy_token_indices": ({"dummy_token_indices": 5}, "dummy_token_indices: 5, expected a list"),
     "rope_type": ({"rope_scaling": {**_SCALING, "type": "yarn"}}, "rope_scaling.type: 'yarn'"),
     "short_factors": (
         {"rope_scaling": {**_SCALING, "short_factor": [1.0] * 8}},
