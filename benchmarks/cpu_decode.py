@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.arguments import positive_int
 from benchmarks.results_file import write_results
 from s2_kernels.layout import TierLayout
 from s2_kernels.paged import PagedRequests
@@ -39,8 +40,8 @@ Step = Callable[[], torch.Tensor]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="decode step of one attention layer on the CPU")
-    parser.add_argument("--context", type=int, default=32768, help="tokens, the new one included")
-    parser.add_argument("--repetitions", type=int, default=50)
+    parser.add_argument("--context", type=positive_int, default=32768, help="tokens, the new one included")
+    parser.add_argument("--repetitions", type=positive_int, default=50)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/cpu-decode.json"))
     arguments = parser.parse_args()
     records = []

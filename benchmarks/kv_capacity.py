@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import positive_int
 from benchmarks.geometries import GEOMETRIES, Geometry
 from benchmarks.results_file import write_results
 
@@ -36,18 +37,24 @@ VARIANTS: dict[str, tuple[bool, int | None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="KV cache capacity of the reference geometries")
-    parser.add_argument("--geometries", nargs="+", default=["phi3-small", "hhst-8b", "s2-1.3b", "s2-7b"])
-    parser.add_argument("--kv-cache-gib", type=float, default=40)
+    parser.add_argument(
+        "--geometries",
+        nargs="+",
+        choices=list(GEOMETRIES),
+        default=["phi3-small", "hhst-8b", "s2-1.3b", "s2-7b"],
+    )
+    parser.add_argument("--kv-cache-gib", type=positive_int, default=40)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kv-capacity.json"))
     arguments = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     records = []
     for name in arguments.geometries:
         for variant in VARIANTS:
-            record = measure(GEOMETRIES[name], variant, int(arguments.kv_cache_gib * GIB))
+            record = measure(GEOMETRIES[name], variant, arguments.kv_cache_gib * GIB)
             records.append({"geometry": name, "variant": variant, **record})
             print(json.dumps(records[-1]), flush=True)
-    write_results(arguments.output, records)
+            # At once: a run that ends early leaves what it has measured.
+            write_results(arguments.output, records)
     print(table(records))
 
 
@@ -112,7 +119,7 @@ def table(records: list[dict[str, Any]]) -> str:
     steps = {r["variant"]: r["max_num_batched_tokens"] for r in records if "max_num_batched_tokens" in r}
     lines = [
         "| geometry | a sparse layer stores | all layers dense | "
-        f"S2, steps of {steps['s2']} tokens | S2, steps of {steps['s2, short steps']} tokens |",
+        f"S2, {_steps(steps, 's2')} | S2, {_steps(steps, 's2, short steps')} |",
         "|---|---|---|---|---|",
     ]
     for name in names:
@@ -120,6 +127,11 @@ def table(records: list[dict[str, Any]]) -> str:
         cells = [_requests(by_key[name, variant]) for variant in VARIANTS]
         lines.append(f"| {name} | {fraction:.1%} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _steps(tokens: dict[str, int], variant: str) -> str:
+    """What a variant's steps were; unknown when none of its engines started."""
+    return f"steps of {tokens[variant]} tokens" if variant in tokens else "no engine started"
 
 
 def _requests(record: dict[str, Any]) -> str:

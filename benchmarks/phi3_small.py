@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.arguments import positive_int
 from benchmarks.results_file import write_results
 from s2_vllm.config import find_config
 
@@ -109,17 +110,22 @@ SMOKE = Workload(
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Phi-3-small-128k, as it is and with every layer dense")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--max-num-batched-tokens", type=int, help="tokens per step (vLLM's default)")
-    parser.add_argument("--tiny", action="store_true", help="a model of no size, on a CPU")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/phi3-small.json"))
+    parser.add_argument(
+        "--max-num-batched-tokens", type=positive_int, help="tokens per step (vLLM's default)"
+    )
+    parser.add_argument("--tiny", action="store_true", help="a model of no size, on a CPU; needs --output")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/phi3-small.json")
     options = parser.parse_args(arguments)
+    if options.tiny and options.output is None:
+        parser.error("--output: missing, expected a file with --tiny: its figures mean nothing")
+    output = options.output or Path("benchmarks/results/phi3-small.json")
     records = []
     for variant in options.variants:
         record = measure(variant, SMOKE if options.tiny else FULL, options.max_num_batched_tokens)
         records.append(record)
         print(json.dumps(record), flush=True)
         # At once: a run that ends early leaves what it has measured.
-        write_results(options.output, records)
+        write_results(output, records)
     print(table(records))
 
 

@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     for path in options.results:
         header, records = load_results(path)
+        if not all("op" in record for record in records):
+            raise SystemExit(f"benchmarks.plot: {path}: expected a file from benchmarks.kernels")
         gpu = ", ".join(header["gpus"])
         for name, draw in (("speedup", draw_speedup), ("roofline", draw_roofline)):
             output = options.output / f"{path.stem}-{name}.{options.format}"

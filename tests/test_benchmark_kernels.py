@@ -352,6 +352,13 @@ def test_plotted_points() -> None:
     assert tflops == pytest.approx(rates, abs=0.06)
 
 
+def test_plot_refuses_other_results(tmp_path: Path) -> None:
+    other = tmp_path / "phi3-small.json"
+    write_results(other, [{"variant": "phi3-small"}])
+    with pytest.raises(SystemExit, match=r"phi3-small\.json: expected a file from benchmarks\.kernels"):
+        plot.main([str(other)])
+
+
 def test_plot_names_a_missing_file(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         plot.main(["nowhere.json"])

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import positive_int
 from benchmarks.geometries import GEOMETRIES
 from benchmarks.kernels.cases import OPS, select_cases
 from benchmarks.kernels.implementations import IMPLEMENTATIONS
@@ -61,7 +62,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", choices=OPS, help="default: all")
     parser.add_argument("--geometries", nargs="+", choices=list(GEOMETRIES), help="default: by operation")
     parser.add_argument(
-        "--seq-lens", nargs="+", type=_positive, metavar="TOKENS", help="default: by operation"
+        "--seq-lens", nargs="+", type=positive_int, metavar="TOKENS", help="default: by operation"
     )
     parser.add_argument("--impls", nargs="+", choices=list(IMPLEMENTATIONS), default=list(IMPLEMENTATIONS))
     parser.add_argument(
@@ -69,12 +70,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/kernels-<gpu>.json")
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a positive integer")
-    return int(text)
 
 
 def gpu_name(device: torch.device) -> str:

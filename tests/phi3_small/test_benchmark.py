@@ -32,3 +32,9 @@ def test_tiny_run_measures_both_variants(
         assert all(time["tpot_ms"] > 0 for time in times)
         assert all(time["ttft_ms"] > 0 for time in times[:-1])
     assert "| TTFT, prompt of 900 |" in capsys.readouterr().out
+
+
+def test_tiny_figures_need_a_file_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--tiny"])
+    assert "--output: missing" in capsys.readouterr().err
