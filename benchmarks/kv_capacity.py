@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arguments import positive_int
+from benchmarks.arguments import positive_float
 from benchmarks.geometries import GEOMETRIES, Geometry
 from benchmarks.results_file import write_results
 
@@ -43,14 +43,14 @@ def main() -> None:
         choices=list(GEOMETRIES),
         default=["phi3-small", "hhst-8b", "s2-1.3b", "s2-7b"],
     )
-    parser.add_argument("--kv-cache-gib", type=positive_int, default=40)
+    parser.add_argument("--kv-cache-gib", type=positive_float, default=40)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kv-capacity.json"))
     arguments = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     records = []
     for name in arguments.geometries:
         for variant in VARIANTS:
-            record = measure(GEOMETRIES[name], variant, arguments.kv_cache_gib * GIB)
+            record = measure(GEOMETRIES[name], variant, int(arguments.kv_cache_gib * GIB))
             records.append({"geometry": name, "variant": variant, **record})
             print(json.dumps(records[-1]), flush=True)
             # At once: a run that ends early leaves what it has measured.

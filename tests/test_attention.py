@@ -289,7 +289,7 @@ def test_tables_that_a_cuda_graph_reads_are_kept(
         s2_attention(q, k, v, pattern)
         assert not held
         with monkeypatch.context() as capture:
-            capture.setattr(torch.backends.cuda, "is_built", lambda: True)
+            capture.setattr(torch.cuda, "is_initialized", lambda: True)
             capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
             s2_attention(q, k, v, pattern)
         assert [len(kept) for kept in held] == [tables]

@@ -49,7 +49,8 @@ def s2_attention(
         cu_seqlens_k: the same for keys; None when every token is also a query.
         return_lse: whether to return the log-sum-exp as well.
 
-    A call can be captured in a CUDA graph after one with the same lengths, which makes its tables.
+    A call can be captured in a CUDA graph after one with the same lengths, which makes its tables, and with
+    `cu_seqlens` on the CPU.
 
     Returns:
         As q, in q's dtype. With `return_lse` also the natural logarithm of the sum of the exponentials of

@@ -20,7 +20,7 @@ _HELD_FOR_GRAPHS: list[tuple[torch.Tensor, ...]] = []
 
 def hold_for_graph(*tables: torch.Tensor) -> None:
     """While a CUDA graph is captured, keep `tables` for good: its replays read them, come what may."""
-    if torch.backends.cuda.is_built() and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         _HELD_FOR_GRAPHS.append(tables)
 
 

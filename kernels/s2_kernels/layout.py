@@ -11,7 +11,7 @@ last dimension, addressed by a block table per tier.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from s2_kernels.pattern import S2Pattern
@@ -90,9 +90,9 @@ class HeadTables(NamedTuple):
     rank_of_residue: torch.Tensor
 
 
-@lru_cache(maxsize=64)
+@cache
 def head_tables(pattern: S2Pattern, device: torch.device) -> HeadTables:
-    """The tables of `pattern` on `device`, made once."""
+    """The tables of `pattern` on `device`, made once and kept: CUDA graphs read them at every replay."""
     import torch
 
     rank_of_residue = [

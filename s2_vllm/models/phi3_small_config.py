@@ -137,7 +137,9 @@ class Phi3SmallConfig(PreTrainedConfig):
             value = getattr(self, key)
             _check(self, key, value is None or _positive(value), "a positive number or null")
         ids = self.dummy_token_indices
-        known = isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < self.vocab_size for i in ids)
+        known = ids is None or (
+            isinstance(ids, list) and all(isinstance(i, int) and 0 <= i < self.vocab_size for i in ids)
+        )
         _check(self, "dummy_token_indices", known, f"a list of token ids from 0 to {self.vocab_size - 1}")
         self._check_rope()
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 from vllm.config.utils import replace
 
 from s2_kernels.layout import head_tables
@@ -132,7 +131,8 @@ def test_what_vllm_remakes_and_keeps_has_the_plan_and_the_tables(checkpoint: Cal
         assert plan_of(remade) == plan_of(config) is not None
         assert remade.cache_config.block_size == config.cache_config.block_size
         kept = {buffer.data_ptr() for _, buffer in model(llm).named_buffers()}
-        tables = head_tables(plan_of(config).pattern_of_rank(0), torch.device("cpu"))
+        device = next(model(llm).parameters()).device
+        tables = head_tables(plan_of(config).pattern_of_rank(0), device)
         assert {table.data_ptr() for table in tables} <= kept
 
 

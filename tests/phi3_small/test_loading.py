@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from s2_vllm.models.phi3_small_config import Phi3SmallConfig
 from tests.engine.engines import engine
 from tests.phi3_small.checkpoints import CONFIG, LONG_ROPE, random_weights, save_weights, write_config
 
@@ -87,6 +88,13 @@ def test_wrong_tensor_is_named(tmp_path: Path, case: str) -> None:
     save_weights(tmp_path, weights)
     with pytest.raises(ValueError, match=re.escape(name)), engine(tmp_path, max_model_len=256):
         pass
+
+
+def test_masking_no_token_is_an_override_like_any() -> None:
+    config = Phi3SmallConfig()
+    assert config.dummy_token_indices
+    config.update({"dummy_token_indices": None})
+    config.check()
 
 
 @pytest.mark.parametrize("case", VALUES)

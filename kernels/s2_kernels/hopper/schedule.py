@@ -20,7 +20,7 @@ NO_UNIT = gl.constexpr(-1)
 def place_in_turn(turn):
     """The place of this program among those that take work in a turn: they go back and forth along it.
 
-    Work gets lighter on the way: those who had the heaviest of one turn have the lightest of the next.
+    A tile's cost changes slowly on the way: who had the heaviest of one turn has the lightest of the next.
     """
     program = gl.program_id(0)
     return gl.where(turn % 2 == 0, program, gl.num_programs(0) - 1 - program)
