@@ -124,10 +124,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     table = load_table(gpu)
     for op in options.ops:
-        best = tune(op, device, measure)
-        table = {**table, op: {**table.get(op, {}), **best}}
-        table_path(gpu).write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
-    print(f"saved {table_path(gpu)}")
+        if best := tune(op, device, measure):
+            table = {**table, op: {**table.get(op, {}), **best}}
+            table_path(gpu).write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
+            print(f"saved {table_path(gpu)}")
     return 0
 
 
