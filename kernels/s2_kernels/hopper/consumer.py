@@ -28,13 +28,7 @@ LN_2 = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def visible_keys(
-    n,
-    plan,
-    residue,
-    positions,
-    window_starts,
-    VERT_STRIDE: gl.constexpr,
-    IN_HALVES: gl.constexpr,
+    n, plan, residue, positions, window_starts, VERT_STRIDE: gl.constexpr, IN_HALVES: gl.constexpr
 ):
     """[rows]: how many leading keys of unit n each query sees. Windows and units start at blocks."""
     is_window, index = unit_at(n, plan, IN_HALVES)
@@ -54,14 +48,7 @@ def mask_unit(logits, n, plan, residue, positions, window_starts, VERT_STRIDE: g
 
 @gluon.jit
 def mask_step(
-    logits,
-    n,
-    plan,
-    residue,
-    positions,
-    window_starts,
-    VERT_STRIDE: gl.constexpr,
-    IN_HALVES: gl.constexpr,
+    logits, n, plan, residue, positions, window_starts, VERT_STRIDE: gl.constexpr, IN_HALVES: gl.constexpr
 ):
     """Logits [rows, BLOCK_N] of units n and n + 1, -inf where a query does not see a key."""
     visible_0 = visible_keys(n, plan, residue, positions, window_starts, VERT_STRIDE, IN_HALVES)
@@ -83,28 +70,27 @@ def softmax_step(logits, row_max, row_sum, scale_log2):
     decay = gl.exp2((row_max - new_max) * scale_log2)
     shift = gl.convert_layout(new_max * scale_log2, gl.SliceLayout(1, logits.type.layout))
     weights = gl.exp2(logits * scale_log2 - shift[:, None])
-    return (
-        weights,
-        decay,
-        new_max,
-        row_sum * decay + gl.convert_layout(gl.sum(weights, 1), rows),
-    )
+    return weights, decay, new_max, row_sum * decay + gl.convert_layout(gl.sum(weights, 1), rows)
 
 
 @gluon.jit
-def zero_values_from(first, pieces, stage, HALF: gl.constexpr, HEAD_SIZE: gl.constexpr):
-    """Zero the values of a half of a stage from slot `first` on, where there is no token.
+def zero_values_past_end(
+    HALF: gl.constexpr, plan, num_tokens, pieces, stage, HEAD_SIZE: gl.constexpr, IN_HALVES: gl.constexpr
+):
+    """Zero the values of unit 0 or 1 in slots without a token, which a request's last block may have.
 
     What lies there may be NaN, and a weight of zero would not hide it.
     """
     PANELS: gl.constexpr = HEAD_SIZE // pieces.shape[2]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    slots = gl.arange(0, UNIT, layout=gl.SliceLayout(1, LAYOUT))
-    for panel in gl.static_range(PANELS):
-        piece = pieces.index((stage * PANELS + panel) * 2 + HALF)
-        values = piece.load(LAYOUT)
-        piece.store(gl.where((slots < first)[:, None], values, gl.zeros_like(values)))
-    fence_async_shared()
+    _, block = unit_at(HALF, plan, IN_HALVES)
+    if (num_tokens % UNIT != 0) & (block == (num_tokens - 1) // UNIT):
+        slots = gl.arange(0, UNIT, layout=gl.SliceLayout(1, LAYOUT))
+        for panel in gl.static_range(PANELS):
+            piece = pieces.index((stage * PANELS + panel) * 2 + HALF)
+            values = piece.load(LAYOUT)
+            piece.store(gl.where((slots < num_tokens % UNIT)[:, None], values, gl.zeros_like(values)))
+        fence_async_shared()
 
 
 @gluon.jit
@@ -141,11 +127,8 @@ def start_whole(
     logits = mask_step(logits, 0, plan, residue, positions, window_starts, VERT_STRIDE, False)
     weights, _, row_max, row_sum = softmax_step(logits, row_max, row_sum, scale_log2)
     mbarrier.wait(v_ready.index(stage), phase)
-    # The last block of a request may have slots without a token. Both warpgroups do this, each before its own
-    # product: they write the same.
-    _, unit = unit_at(0, plan, False)
-    if (num_tokens % UNIT != 0) & (unit == (num_tokens - 1) // UNIT):
-        zero_values_from(num_tokens % UNIT, v_pieces, stage, 0, HEAD_SIZE)
+    # Both warpgroups do this, each before its own product: they write the same.
+    zero_values_past_end(0, plan, num_tokens, v_pieces, stage, HEAD_SIZE, False)
     return gl.convert_layout(weights.to(queries.dtype), WEIGHTS), row_max, row_sum
 
 
@@ -193,22 +176,13 @@ def start_in_halves(
     half_logits = warpgroup_mma(queries, half_keys.permute([1, 0]), half_logits, use_acc=False, is_async=True)
     mbarrier.wait(k_ready.index(stage), phase)
     logits = gl.zeros([ROWS, BLOCK_N], gl.float32, LOGITS)
-    logits = warpgroup_mma(
-        queries,
-        k_smem.index(stage).permute([1, 0]),
-        logits,
-        use_acc=False,
-        is_async=True,
-    )
+    logits = warpgroup_mma(queries, k_smem.index(stage).permute([1, 0]), logits, use_acc=False, is_async=True)
     half_logits = warpgroup_mma_wait(1, deps=[half_logits])
     mbarrier.arrive(k_empty.index(half_stage), count=1)
     half_logits = mask_unit(half_logits, HALF, plan, residue, positions, window_starts, VERT_STRIDE)
     weights, _, row_max, row_sum = softmax_step(half_logits, row_max, row_sum, scale_log2)
     mbarrier.wait(v_ready.index(half_stage), half_phase)
-    # The last block of a request may have slots without a token.
-    _, unit = unit_at(HALF, plan, True)
-    if (num_tokens % UNIT != 0) & (unit == (num_tokens - 1) // UNIT):
-        zero_values_from(num_tokens % UNIT, v_pieces, half_stage, HALF, HEAD_SIZE)
+    zero_values_past_end(HALF, plan, num_tokens, v_pieces, half_stage, HEAD_SIZE, True)
     weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
     half_values = v_smem.index(half_stage).slice(HALF * UNIT, UNIT, dim=0)
     acc = warpgroup_mma(weights, half_values, acc, use_acc=False, is_async=True)
@@ -286,12 +260,7 @@ def consume(
             window_starts = (positions // UNIT - LOCAL_BLOCKS + 1) * UNIT
             residue = gl.load(residues + head)
             num_units, masked_end, plan = plan_units(
-                context_len + first_row,
-                last_position,
-                residue,
-                LOCAL_BLOCKS,
-                VERT_STRIDE,
-                IN_HALVES,
+                context_len + first_row, last_position, residue, LOCAL_BLOCKS, VERT_STRIDE, IN_HALVES
             )
             acc = gl.zeros([ROWS, HEAD_SIZE], gl.float32, OUTPUT)
             row_max = gl.full([ROWS], -1e30, gl.float32, gl.SliceLayout(1, LOGITS))
@@ -347,25 +316,14 @@ def consume(
                 phase = (step // STAGES) & 1
                 mbarrier.wait(k_ready.index(stage), phase)
                 logits = warpgroup_mma(
-                    queries,
-                    k_smem.index(stage).permute([1, 0]),
-                    no_logits,
-                    use_acc=False,
-                    is_async=True,
+                    queries, k_smem.index(stage).permute([1, 0]), no_logits, use_acc=False, is_async=True
                 )
                 acc = warpgroup_mma(weights, v_smem.index(last_stage), acc, is_async=True)
                 logits = warpgroup_mma_wait(1, deps=[logits])
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 if n < masked_end:
                     logits = mask_step(
-                        logits,
-                        n,
-                        plan,
-                        residue,
-                        positions,
-                        window_starts,
-                        VERT_STRIDE,
-                        IN_HALVES,
+                        logits, n, plan, residue, positions, window_starts, VERT_STRIDE, IN_HALVES
                     )
                 next_weights, decay, row_max, row_sum = softmax_step(logits, row_max, row_sum, scale_log2)
                 # Values are wanted in the next step only, but the wait for them keeps ptxas from moving the

@@ -11,10 +11,7 @@ from __future__ import annotations
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from s2_kernels.configs import launch_config, shape_key
@@ -298,11 +295,7 @@ def _launch(
     config = prefill_config(head_size, q.dtype)
     section_bytes = config.pop("section_mib") * MIB
     queries = TensorDescriptor(
-        q,
-        [num_tokens, num_heads * head_size],
-        [q.stride(0), 1],
-        [TILE_M.value // 2, head_size],
-        SWIZZLED,
+        q, [num_tokens, num_heads * head_size], [q.stride(0), 1], [TILE_M.value // 2, head_size], SWIZZLED
     )
     prefill_fwd_kernel[(min(num_work, num_multiprocessors(q.device)),)](
         queries,

@@ -116,14 +116,9 @@ def produce(
     num_tiles, num_work, num_requests, heads_per_section = work
     query_start_loc, key_start_loc, seq_lens = lengths
     residues, ranks = heads
-    (
-        window_keys,
-        window_values,
-        window_table,
-        window_table_stride,
-        window_page_rows,
-        window_head_rows,
-    ) = window
+    (window_keys, window_values, window_table, window_table_stride, window_page_rows, window_head_rows) = (
+        window
+    )
     (
         strided_keys,
         strided_values,
@@ -144,12 +139,7 @@ def produce(
             residue = gl.load(residues + head)
             rank = gl.load(ranks + head)
             num_units, _, plan = plan_units(
-                context_len + first_row,
-                last_position,
-                residue,
-                LOCAL_BLOCKS,
-                VERT_STRIDE,
-                IN_HALVES,
+                context_len + first_row, last_position, residue, LOCAL_BLOCKS, VERT_STRIDE, IN_HALVES
             )
             kv_head = head // GROUP_SIZE
             window_pages = window_table + request.to(gl.int64) * window_table_stride
