@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.arguments import positive_int
 from benchmarks.results_file import write_results
 from s2_kernels.layout import TierLayout
 from s2_kernels.paged import PagedRequests
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.reference import attention_reference
 from s2_kernels.torch_path import paged_attention, write_cache
+from s2_vllm.arguments import positive_int
 
 HEAD_SIZE = 128
 SCALE = HEAD_SIZE**-0.5
@@ -109,7 +109,8 @@ def prepare_step(pattern: S2Pattern, context: int, dtype: torch.dtype) -> Step:
         slots.append(table[positions // span] * span + positions % span)
     write_cache(k, v, *caches, *slots, pattern)
     new_slots = [mapping[-1:] for mapping in slots]
-    requests = PagedRequests(*caches, *tables, torch.tensor([0, 1]), torch.tensor([context]))
+    lengths = (torch.tensor(values, dtype=torch.int32) for values in ([0, 1], [context]))
+    requests = PagedRequests(*caches, *tables, *lengths)
     out = torch.empty_like(q)
 
     def step() -> torch.Tensor:

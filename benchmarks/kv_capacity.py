@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arguments import positive_float
 from benchmarks.geometries import GEOMETRIES, Geometry
 from benchmarks.results_file import write_results
 
@@ -43,7 +43,7 @@ def main() -> None:
         choices=list(GEOMETRIES),
         default=["phi3-small", "hhst-8b", "s2-1.3b", "s2-7b"],
     )
-    parser.add_argument("--kv-cache-gib", type=positive_float, default=40)
+    parser.add_argument("--kv-cache-gib", type=_positive, default=40)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kv-capacity.json"))
     arguments = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -56,6 +56,16 @@ def main() -> None:
             # At once: a run that ends early leaves what it has measured.
             write_results(arguments.output, records)
     print(table(records))
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a positive number")
+    return value
 
 
 def measure(geometry: Geometry, variant: str, memory: int) -> dict[str, Any]:

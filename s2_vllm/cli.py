@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from s2_vllm.arguments import positive_int
 from s2_vllm.config import KEY, S2Config, S2ConfigError, find_config
 from s2_vllm.plan import CachePlan, ModelGeometry, make_plan
 
@@ -34,11 +35,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     plan = commands.add_parser("plan", help="the KV cache that vLLM will set up for a model")
     plan.add_argument("model", metavar="CONFIG_OR_DIR", type=Path, help="config.json, or its folder")
-    plan.add_argument("--max-model-len", type=_positive, metavar="N", help="default: the model's")
+    plan.add_argument("--max-model-len", type=positive_int, metavar="N", help="default: the model's")
     plan.add_argument("--kv-cache-memory", type=_bytes, default=_bytes("40GiB"), metavar="SIZE")
-    plan.add_argument("--tensor-parallel-size", type=_positive, default=1, metavar="T")
-    plan.add_argument("--max-num-batched-tokens", type=_positive, default=8192, metavar="N")
-    plan.add_argument("--block-size", type=_positive, metavar="N", help="as for vllm serve")
+    plan.add_argument("--tensor-parallel-size", type=positive_int, default=1, metavar="T")
+    plan.add_argument("--max-num-batched-tokens", type=positive_int, default=8192, metavar="N")
+    plan.add_argument("--block-size", type=positive_int, metavar="N", help="as for vllm serve")
     plan.add_argument("--dtype", choices=["auto", *DTYPE_BYTES], default="auto")
     plan.add_argument("--hf-overrides", type=_overrides, default={}, metavar="JSON")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -46,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     show = commands.add_parser("show", help="draw the pattern, one panel per head")
     show.add_argument("model", metavar="CONFIG_OR_DIR", type=Path)
     show.add_argument("-o", "--output", type=Path, default=Path("pattern.png"), metavar="FILE")
-    show.add_argument("--num-blocks", type=_positive, metavar="N")
+    show.add_argument("--num-blocks", type=positive_int, metavar="N")
     show.add_argument("--hf-overrides", type=_overrides, default={}, metavar="JSON")
     show.set_defaults(run=_show)
     return parser
@@ -181,13 +182,6 @@ def _integer(raw: dict[str, Any], key: str, default: int | None = None) -> int:
     value = default if value is None else value
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise S2ConfigError(f"{key}: {value!r}, expected a positive integer")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text) if text.isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a positive integer")
     return value
 
 

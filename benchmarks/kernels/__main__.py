@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.arguments import positive_int
 from benchmarks.geometries import GEOMETRIES
 from benchmarks.kernels.cases import OPS, select_cases
 from benchmarks.kernels.implementations import IMPLEMENTATIONS
@@ -25,6 +24,7 @@ from benchmarks.kernels.report import Record, line, tables
 from benchmarks.kernels.run import DTYPE, Measure, run_case
 from benchmarks.kernels.timing import Launch, median_ms
 from benchmarks.results_file import write_results
+from s2_vllm.arguments import positive_int
 
 SECONDS, QUICK_SECONDS = 0.3, 0.1
 COPY_BYTES = 2**31
