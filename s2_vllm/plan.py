@@ -17,15 +17,12 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
-from s2_kernels.layout import TierLayout
+from s2_kernels.layout import MAX_HEAD_SIZE, TierLayout
 from s2_kernels.pattern import S2Pattern
 from s2_vllm.config import KEY, S2Config, S2ConfigError
 
 # The largest share of KV memory that sharing entries may leave unused.
 MAX_PADDING = 0.10
-
-MAX_HEAD_SIZE = 256
-"""The kernels' limit."""
 
 # vLLM's CPU attention wants pages of a multiple of 32 tokens, FlashAttention of 16.
 PAGE_SLOTS_MULTIPLE = 32

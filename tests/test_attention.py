@@ -282,7 +282,7 @@ def test_tables_that_a_cuda_graph_reads_are_kept(
 ) -> None:
     """The caches of tables forget; a graph would go on reading their memory."""
     held: list[tuple[torch.Tensor, ...]] = []
-    monkeypatch.setattr("s2_kernels.device._HELD_FOR_GRAPHS", held)
+    monkeypatch.setattr("s2_kernels.cuda_graphs._HELD", held)
     q, k, v = (x.new_ones(1, 70, 4, 64) for x in random_inputs(PATTERN, 1, 1, DEVICE))
     s2_pattern = S2Pattern.build(4, 4, local_blocks=2, vert_stride=3)
     for pattern, tables in ((s2_pattern, 3), (pattern_block_mask(s2_pattern, 70), 4)):

@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 
 from s2_kernels import hopper
-from s2_kernels.device import hold_for_graph
+from s2_kernels.cuda_graphs import hold_for_graph
 from s2_kernels.masks import BlockMask, pattern_block_mask
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.sequences import Span, batch_spans, packed_spans
@@ -36,7 +36,8 @@ def s2_attention(
     """Sparsely-Sharded attention (arXiv 2407.17678, section 3), causal, forward only.
 
     The queries of a sequence are its last tokens: with fewer queries than keys the rest is a past. A query
-    whose set is empty, as an arbitrary mask can have it, gets zeros.
+    whose set is empty, as an arbitrary mask can have it, gets zeros. A call can be captured in a CUDA graph
+    after one with the same lengths, which makes its tables, and with `cu_seqlens` on the CPU.
 
     Args:
         q: [batch, queries, num_heads, head_size], or packed: [tokens, num_heads, head_size].
@@ -48,9 +49,6 @@ def s2_attention(
             Best on the CPU, where reading it costs no wait for the GPU.
         cu_seqlens_k: the same for keys; None when every token is also a query.
         return_lse: whether to return the log-sum-exp as well.
-
-    A call can be captured in a CUDA graph after one with the same lengths, which makes its tables, and with
-    `cu_seqlens` on the CPU.
 
     Returns:
         As q, in q's dtype. With `return_lse` also the natural logarithm of the sum of the exponentials of

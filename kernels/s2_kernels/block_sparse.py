@@ -17,13 +17,13 @@ import triton
 import triton.language as tl
 
 from s2_kernels.configs import launch_config, shape_key
-from s2_kernels.device import hold_for_graph
+from s2_kernels.cuda_graphs import hold_for_graph
+from s2_kernels.layout import MAX_HEAD_SIZE
 from s2_kernels.masks import BlockMask
 from s2_kernels.sequences import Span
 from s2_kernels.tiles import (
     DTYPES,
     LOG2_E,
-    MAX_HEAD_SIZE,
     MIN_DOT_SIZE,
     check_contiguous_last_dim,
     load_tile,

@@ -19,6 +19,9 @@ from s2_kernels.pattern import S2Pattern
 if TYPE_CHECKING:
     import torch
 
+MAX_HEAD_SIZE = 256
+"""The largest that the kernels take."""
+
 
 @dataclass(frozen=True)
 class TierLayout:

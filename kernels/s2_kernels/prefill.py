@@ -23,6 +23,7 @@ from s2_kernels.tiles import (
     load_kv,
     load_kv_where,
     load_tile_where,
+    num_query_tiles,
     query_key,
     softmax_step,
 )
@@ -288,8 +289,7 @@ def paged_prefill(
     head_padded = max(MIN_DOT_SIZE, triton.next_power_of_2(head_size))
     config = prefill_config(head_padded, pattern.block_size, q.dtype)
     tables = head_tables(pattern, q.device)
-    block_m = config["BLOCK_M"]
-    num_tiles = (num_tokens + num_requests * (block_m - 1)) // block_m  # as `tile_start`
+    num_tiles = num_query_tiles(num_tokens, num_requests, config["BLOCK_M"])
     paged_prefill_fwd_kernel[(num_heads, num_tiles)](
         q,
         *requests,

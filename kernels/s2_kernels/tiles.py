@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from s2_kernels.layout import TierLayout
+from s2_kernels.layout import MAX_HEAD_SIZE, TierLayout
 from s2_kernels.paged import PagedRequests
 from s2_kernels.pattern import S2Pattern
 
@@ -21,7 +21,6 @@ LOG2_E = math.log2(math.e)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_DOT_SIZE = 16
 """The smallest extent that `tl.dot` takes."""
-MAX_HEAD_SIZE = 256
 
 
 def check_paged_arguments(
@@ -81,6 +80,11 @@ def _check_requests(requests: PagedRequests) -> None:
         rows = getattr(requests, name).shape[0]
         if rows < count:
             raise ValueError(f"{name}: {rows} rows, expected one for each of {count} requests")
+
+
+def num_query_tiles(num_tokens: int, num_requests: int, tile_rows: int) -> int:
+    """Query tiles of a batch, from its shape alone: where the prefill kernels' `tile_start` puts its end."""
+    return (num_tokens + num_requests * (tile_rows - 1)) // tile_rows
 
 
 def check_caches(

@@ -23,7 +23,7 @@ from s2_kernels.hopper.schedule import TILE_M, UNIT
 from s2_kernels.layout import head_tables
 from s2_kernels.paged import PagedRequests
 from s2_kernels.pattern import S2Pattern
-from s2_kernels.tiles import LOG2_E
+from s2_kernels.tiles import LOG2_E, num_query_tiles
 
 SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 MIB = 2**20
@@ -289,7 +289,7 @@ def _launch(
 ) -> None:
     num_tokens, num_heads, head_size = q.shape
     num_requests = lengths[2].shape[0]
-    num_tiles = (num_tokens + num_requests * (TILE_M.value - 1)) // TILE_M.value  # as `tile_start`
+    num_tiles = num_query_tiles(num_tokens, num_requests, TILE_M.value)
     num_work = num_tiles * num_heads
     heads = head_tables(pattern, q.device)
     config = prefill_config(head_size, q.dtype)
