@@ -93,8 +93,10 @@ class S2Attention(Attention):
         plan = plan_of(vllm_config)
         assert plan is not None
         self.plan: CachePlan = plan
-        self.place = plan.sparse_layers.index(extract_layer_index(prefix)) % plan.layers_per_entry
-        leader = None if self.place == 0 else _leader(plan, prefix, vllm_config)
+        index = plan.sparse_layers.index(extract_layer_index(prefix))
+        self.is_first = index == 0
+        self.place = index % plan.layers_per_entry
+        leader = None if self.place == 0 else _leader(plan.sparse_layers[index - self.place], vllm_config)
         kwargs.update(
             attn_backend=S2AttentionBackend,
             kv_sharing_target_layer_name=None if leader is None else leader.layer_name,
@@ -139,7 +141,8 @@ class S2Attention(Attention):
                 f"expected {expected}"
             )
         self.kv_cache = self.heads_of(kv_cache)
-        if self.kv_cache.is_cuda:
+        # All sparse layers run the same kernels.
+        if self.is_first and self.kv_cache.is_cuda:
             self.impl.warm_up(self.kv_cache)
 
     def heads_of(self, entry_cache: torch.Tensor) -> torch.Tensor:
@@ -167,14 +170,12 @@ class S2Attention(Attention):
             )
 
 
-def _leader(plan: CachePlan, prefix: str, vllm_config: VllmConfig) -> S2Attention:
-    """The layer that owns the pages of the layer called `prefix`."""
-    index = plan.sparse_layers.index(extract_layer_index(prefix))
-    wanted = plan.sparse_layers[index - index % plan.layers_per_entry]
+def _leader(wanted: int, vllm_config: VllmConfig) -> S2Attention:
+    """The sparse layer of index `wanted`, which owns the pages of those after it."""
     for layer in vllm_config.compilation_config.static_forward_context.values():
         if isinstance(layer, S2Attention) and extract_layer_index(layer.layer_name) == wanted:
             return layer
-    raise RuntimeError(f"layer {prefix}: layer {wanted}, which owns its pages, does not exist yet")
+    raise RuntimeError(f"layer {wanted}, which owns the pages of layers after it, does not exist yet")
 
 
 def _check_dense_layer(prefix: str, options: dict[str, Any]) -> None:

@@ -105,7 +105,7 @@ def _tier_of(layer_name: str, spec: Any, plan: CachePlan) -> str:
         return "strided"
     if extract_layer_index(layer_name) not in plan.dense_layers:
         return "window"
-    if not isinstance(spec, FullAttentionSpec) or spec.sliding_window or spec.attention_chunk_size:
+    if not isinstance(spec, FullAttentionSpec):
         raise S2ConfigError(
             f"{KEY}.dense_layers: layer {layer_name} has a KV cache of its own kind ({type(spec).__name__}), "
             "expected layers with full attention"
