@@ -120,6 +120,11 @@ def test_flex_mask_is_the_pattern(name: str, seq_len: int) -> None:
     assert (mask.full_kv_num_blocks.sum() > 0) == (seq_len > rows)
 
 
+def test_flex_mask_is_where_it_is_wanted() -> None:
+    mask = flex_block_mask(pattern_of("tiny"), 400, torch.device("meta"))
+    assert {mask.kv_indices.device.type, mask.full_kv_indices.device.type} == {"meta"}
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_sampled_reference_is_the_reference(name: str) -> None:
     inputs = random_inputs(Case("chunked_prefill", name, 2, 150), torch.float32, CPU)

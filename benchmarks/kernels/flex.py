@@ -24,7 +24,7 @@ def flex_block_mask(pattern: S2Pattern, seq_len: int, device: torch.device) -> B
     num_blocks = -(-seq_len // block_size)
     tiles = -(-num_blocks // ratio)
     with torch.device(device):
-        blocks = pattern.block_mask(tiles * ratio)[:, :, :num_blocks]
+        blocks = pattern.block_mask(tiles * ratio)[:, :, :num_blocks].to(device)
         blocks = blocks.view(pattern.num_heads, tiles, ratio, num_blocks)
         before_tile = torch.arange(num_blocks) < torch.arange(0, tiles * ratio, ratio)[:, None]
         is_full = blocks.all(dim=2) & before_tile
