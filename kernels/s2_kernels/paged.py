@@ -6,6 +6,13 @@ from typing import NamedTuple
 
 import torch
 
+UNALIGNED = ("window_table", "strided_table", "query_start_loc", "seq_lens")
+"""Arguments of the prefill kernels by whose alignment Triton must not tell kernels apart.
+
+An engine's prefills follow its decodes: where their lengths and tables begin differs from step to step, and
+a server would compile while requests wait.
+"""
+
 
 class PagedRequests(NamedTuple):
     """A batch's requests, where their keys and values are, and how many there are.

@@ -14,7 +14,7 @@ import triton.language as tl
 from s2_kernels import hopper
 from s2_kernels.configs import launch_config, shape_key
 from s2_kernels.layout import head_tables
-from s2_kernels.paged import PagedRequests
+from s2_kernels.paged import UNALIGNED, PagedRequests
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.tiles import (
     LOG2_E,
@@ -64,7 +64,10 @@ def edge_token(n, num_old, old_first, causal_first, BLOCK_N: tl.constexpr):
     return tl.where(n < num_old, old_first + n, causal_first + n - num_old) * BLOCK_N
 
 
-@triton.jit(do_not_specialize=["num_requests"])
+@triton.jit(
+    do_not_specialize=["num_requests", "window_table_stride", "strided_table_stride"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
 def paged_prefill_fwd_kernel(
     q,  # [tokens, num_heads, head_size]
     window_cache,  # [pages, num_kv_heads, page_slots, 2 * head_size]

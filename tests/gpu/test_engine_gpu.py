@@ -160,3 +160,23 @@ def test_reused_pages_and_preemption(tmp_path: Path) -> None:
         assert_all_pages_free(llm)
     for prompt, out in zip(prompts, tokens, strict=True):
         assert oracle.agreement(prompt, out, ERROR_BOUNDS["float32"]).mismatches == []
+
+
+@pytest.mark.parametrize("dtype", ERROR_BOUNDS)
+def test_nothing_is_compiled_while_serving(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """Prompts within the window and past it, alone and after decodes, find their kernels made at start."""
+    from triton import knobs
+
+    # A pattern of no other test: what this process has compiled already would not be compiled again.
+    s2 = {"block_size": 64, "local_blocks": 3, "vert_stride": 4, "dense_layers": []}
+    path = save_checkpoint(tmp_path, "llama", s2, dtype=getattr(torch, dtype), head_dim=64)
+    compiled = []
+    with engine(path, dtype=dtype, enforce_eager=False, max_num_batched_tokens=331) as llm:
+        monkeypatch.setattr(
+            knobs.runtime, "jit_post_compile_hook", lambda **made: compiled.append(made["fn"].name)
+        )
+        greedy(llm, PROMPTS[:1], NUM_TOKENS)
+        greedy(llm, PROMPTS, NUM_TOKENS)
+    assert compiled == []

@@ -21,7 +21,7 @@ from s2_kernels.hopper.gluon_api import reinterpret
 from s2_kernels.hopper.producer import PANEL, produce
 from s2_kernels.hopper.schedule import TILE_M, UNIT
 from s2_kernels.layout import head_tables
-from s2_kernels.paged import PagedRequests
+from s2_kernels.paged import UNALIGNED, PagedRequests
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.tiles import LOG2_E, num_query_tiles
 
@@ -37,7 +37,8 @@ MIB = 2**20
         "heads_per_section",
         "window_table_stride",
         "strided_table_stride",
-    ]
+    ],
+    do_not_specialize_on_alignment=[*UNALIGNED, "key_start_loc"],
 )
 def prefill_fwd_kernel(
     queries,  # TMA descriptors: [tokens, num_heads * head_size]

@@ -1,0 +1,61 @@
+"""Prints how many times an engine's batches would have each prefill kernel compiled, for a Hopper GPU.
+
+A program of its own, because a process in which Triton interprets cannot tell. Nothing is compiled or run.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from s2_kernels import prefill
+from s2_kernels.hopper import prefill as hopper
+from s2_kernels.paged import PagedRequests
+from s2_kernels.pattern import S2Pattern
+
+BACKEND = make_backend(GPUTarget("cuda", 90, 32))
+PATTERN = S2Pattern.build(8, 2, local_blocks=4, vert_stride=8)
+LENGTHS = (PATTERN.window_tokens, PATTERN.window_tokens + 1)
+
+
+def serve(num_decodes: int, num_prefills: int, table_width: int, max_seq_len: int) -> None:
+    """Launch the prefill of a step as the engine does: its requests are the last ones of the step's."""
+    cache = torch.zeros(3, 2, 64, 128, dtype=torch.bfloat16)
+    total = num_decodes + num_prefills
+    table = torch.zeros(total, table_width, dtype=torch.int32)[num_decodes:]
+    lengths = torch.full((total,), max_seq_len, dtype=torch.int32)[num_decodes:]
+    starts = torch.arange(num_prefills + 1, dtype=torch.int32) * 7
+    q = torch.zeros(num_decodes + num_prefills * 7, 8, 64, dtype=torch.bfloat16)[num_decodes:]
+    requests = PagedRequests(cache, cache, table, table, starts, lengths)
+    prefill.paged_prefill(q, requests, PATTERN, 0.125, torch.empty_like(q), max_seq_len=max_seq_len)
+
+
+def count_compiled() -> dict[str, int]:
+    """Distinct compilations of each kernel, by what Triton tells them apart by."""
+    compiled: dict[str, set[str]] = {}
+
+    def record(kernel: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        bind = create_function_from_signature(kernel.signature, kernel.params, BACKEND)
+        bound, specialization, options = bind(*args, **kwargs)
+        constants = [bound[p.name] for p in kernel.params if p.is_constexpr]
+        compiled.setdefault(kernel.__name__, set()).add(str((specialization, constants, options)))
+
+    with patch.object(JITFunction, "run", record), patch.object(hopper, "num_multiprocessors", lambda _: 132):
+        for has_hopper in (False, True):
+            with patch.object(prefill.hopper, "supports", lambda *_, answer=has_hopper: answer):
+                for max_seq_len in LENGTHS:
+                    for decodes in range(5):
+                        for prefills in (1, 2, 16, 17):
+                            for table_width in (1, 16, 33):
+                                serve(decodes, prefills, table_width, max_seq_len)
+    return {name: len(kinds) for name, kinds in compiled.items()}
+
+
+if __name__ == "__main__":
+    print(json.dumps(count_compiled()))
