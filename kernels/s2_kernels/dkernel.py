@@ -2,9 +2,10 @@
 
     from s2_kernels.dkernel import LocalStrideSparseAttention, SparseAttention
 
-The interface is that of github.com/linxihui/dkernel, as its README and dkernel/interface.py describe it.
-What differs: forward only, causal only, mistakes raise ValueError, a past may be of any length under any
-number of queries, and the log-sum-exp is returned for packed and padded inputs too.
+The interface is that of github.com/linxihui/dkernel at commit 65cd47c: its README and dkernel/interface.py;
+for padding ops/sparse_attn_inference.py, for the log-sum-exp ops/sparse_attn_fwd.py. What differs: forward
+only, causal only, mistakes raise ValueError, a past may be of any length under any number of queries, and the
+log-sum-exp is returned for packed and padded inputs too.
 """
 
 from __future__ import annotations
