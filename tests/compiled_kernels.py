@@ -6,20 +6,22 @@ A program of its own, because a process in which Triton interprets cannot tell. 
 from __future__ import annotations
 
 import json
+from itertools import product
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from s2_kernels import prefill
-from s2_kernels.hopper import prefill as hopper
+from s2_kernels import hopper
+from s2_kernels.hopper import prefill as hopper_prefill
 from s2_kernels.paged import PagedRequests
 from s2_kernels.pattern import S2Pattern
+from s2_kernels.prefill import paged_prefill
+from tests.hopper_sass import HOPPER
 
-BACKEND = make_backend(GPUTarget("cuda", 90, 32))
+BACKEND = make_backend(HOPPER)
 PATTERN = S2Pattern.build(8, 2, local_blocks=4, vert_stride=8)
 LENGTHS = (PATTERN.window_tokens, PATTERN.window_tokens + 1)
 
@@ -33,7 +35,7 @@ def serve(num_decodes: int, num_prefills: int, table_width: int, max_seq_len: in
     starts = torch.arange(num_prefills + 1, dtype=torch.int32) * 7
     q = torch.zeros(num_decodes + num_prefills * 7, 8, 64, dtype=torch.bfloat16)[num_decodes:]
     requests = PagedRequests(cache, cache, table, table, starts, lengths)
-    prefill.paged_prefill(q, requests, PATTERN, 0.125, torch.empty_like(q), max_seq_len=max_seq_len)
+    paged_prefill(q, requests, PATTERN, 0.125, torch.empty_like(q), max_seq_len=max_seq_len)
 
 
 def count_compiled() -> dict[str, int]:
@@ -46,14 +48,15 @@ def count_compiled() -> dict[str, int]:
         constants = [bound[p.name] for p in kernel.params if p.is_constexpr]
         compiled.setdefault(kernel.__name__, set()).add(str((specialization, constants, options)))
 
-    with patch.object(JITFunction, "run", record), patch.object(hopper, "num_multiprocessors", lambda _: 132):
+    with (
+        patch.object(JITFunction, "run", record),
+        patch.object(hopper_prefill, "num_multiprocessors", lambda _: 132),
+        patch.object(hopper, "supports") as supports,
+    ):
         for has_hopper in (False, True):
-            with patch.object(prefill.hopper, "supports", lambda *_, answer=has_hopper: answer):
-                for max_seq_len in LENGTHS:
-                    for decodes in range(5):
-                        for prefills in (1, 2, 16, 17):
-                            for table_width in (1, 16, 33):
-                                serve(decodes, prefills, table_width, max_seq_len)
+            supports.return_value = has_hopper
+            for batch in product(range(5), (1, 2, 16, 17), (1, 16, 33), LENGTHS):
+                serve(*batch)
     return {name: len(kinds) for name, kinds in compiled.items()}
 
 

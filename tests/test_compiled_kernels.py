@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+
+from tests.programs import run_python
 
 
 def test_one_prefill_kernel_for_all_batches() -> None:
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.compiled_kernels"],
-        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
+    counts = json.loads(run_python("-m", "tests.compiled_kernels", without="TRITON_INTERPRET"))
     # Hopper's has one for sequences within the window and one for longer ones.
-    assert json.loads(finished.stdout) == {"paged_prefill_fwd_kernel": 1, "prefill_fwd_kernel": 2}
+    assert counts == {"paged_prefill_fwd_kernel": 1, "prefill_fwd_kernel": 2}

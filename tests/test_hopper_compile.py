@@ -7,13 +7,11 @@ they add to stays in registers.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.programs import run_python
 
 CASES: dict[str, dict[str, Any]] = {
     "paged-128-short": {"HEAD_SIZE": 128, "PAGE_SLOTS": 64, "NUM_KEPT": 1, "IN_HALVES": False},
@@ -26,16 +24,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 def machine_code(case: dict[str, Any]) -> list[str]:
     """Lines of the kernel's disassembly."""
-    finished = subprocess.run(
-        [sys.executable, "-m", "tests.hopper_sass", json.dumps({"dtype": "bf16", "GROUP_SIZE": 4, **case})],
-        env={name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout.splitlines()
+    arguments = json.dumps({"dtype": "bf16", "GROUP_SIZE": 4, **case})
+    return run_python("-m", "tests.hopper_sass", arguments, without="TRITON_INTERPRET").splitlines()
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,6 +19,7 @@ from tests.engine.engines import (
     preemptions,
 )
 from tests.engine.oracle import Oracle
+from tests.programs import run_python
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -183,9 +181,4 @@ def _run_script(script: str, folder: Path) -> str:
     """Standard output of a Python script, run in a fresh interpreter with vLLM's own defaults."""
     path = folder / "script.py"
     path.write_text(script)
-    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    done = subprocess.run(
-        [sys.executable, str(path)], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return run_python(str(path), without="VLLM_ENABLE_V1_MULTIPROCESSING", timeout=300)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+
+from tests.programs import run_python
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,15 +46,11 @@ def output_of_two_ranks(folder: Path, prompts: Sequence[Sequence[int]], scratch:
     """
     script = scratch / "script.py"
     script.write_text(SCRIPT)
-    environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-    environment["VLLM_CPU_OMP_THREADS_BIND"] = f"{CORES[0]}|{CORES[1]}"
-    done = subprocess.run(
-        [sys.executable, str(script), str(folder), str([list(prompt) for prompt in prompts])],
-        env=environment,
-        capture_output=True,
-        text=True,
+    return run_python(
+        str(script),
+        str(folder),
+        str([list(prompt) for prompt in prompts]),
+        without="VLLM_ENABLE_V1_MULTIPROCESSING",
         timeout=300,
-        check=False,
+        VLLM_CPU_OMP_THREADS_BIND=f"{CORES[0]}|{CORES[1]}",
     )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
