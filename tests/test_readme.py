@@ -38,6 +38,8 @@ def test_kernels() -> None:
     _, records = load_results(RESULTS / "kernels-h200.json")
     for table in summary(records).split("\n\n"):
         assert table in README
+    (copy,) = (r["gbps"] for r in records if r["op"] == "copy")
+    assert f"a copy reads and writes {copy / 1000:.2f} TB/s here" in README
 
 
 def test_kernels_at_the_shortest_length() -> None:
