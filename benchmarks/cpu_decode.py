@@ -20,11 +20,11 @@ from typing import Any
 import torch
 
 from benchmarks.results_file import write_results
+from s2_kernels import paged
 from s2_kernels.layout import TierLayout
 from s2_kernels.paged import PagedRequests
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.reference import attention_reference
-from s2_kernels.torch_path import paged_attention, write_cache
 from s2_vllm.arguments import positive_int
 
 HEAD_SIZE = 128
@@ -107,15 +107,15 @@ def prepare_step(pattern: S2Pattern, context: int, dtype: torch.dtype) -> Step:
         caches.append(torch.full(shape, torch.nan, dtype=dtype))
         tables.append(table.int()[None])
         slots.append(table[positions // span] * span + positions % span)
-    write_cache(k, v, *caches, *slots, pattern)
+    paged.write(k, v, *caches, *slots, pattern)
     new_slots = [mapping[-1:] for mapping in slots]
     lengths = (torch.tensor(values, dtype=torch.int32) for values in ([0, 1], [context]))
     requests = PagedRequests(*caches, *tables, *lengths)
     out = torch.empty_like(q)
 
     def step() -> torch.Tensor:
-        write_cache(k[-1:], v[-1:], *caches, *new_slots, pattern)
-        paged_attention(q, requests, pattern, SCALE, out)
+        paged.write(k[-1:], v[-1:], *caches, *new_slots, pattern)
+        paged.attend(q, requests, pattern, SCALE, out)
         return out
 
     expected = attention_reference(q, k, v, pattern, SCALE, [0, 1], [0, context])

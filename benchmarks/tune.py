@@ -28,7 +28,7 @@ from benchmarks.kernels.implementations import IMPLEMENTATIONS
 from benchmarks.kernels.inputs import random_inputs
 from benchmarks.kernels.run import DTYPE, Measure, num_input_sets, run_implementation
 from benchmarks.kernels.timing import Launch, median_ms
-from s2_kernels.configs import Config, current_gpu, load_table, table_path, trial
+from s2_kernels.launch.configs import Config, current_gpu, load_table, table_path, trial
 from s2_vllm.config import S2Config
 
 SECONDS = 0.05

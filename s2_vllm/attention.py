@@ -95,13 +95,14 @@ class S2Attention(Attention):
         self.plan: CachePlan = plan
         index = plan.sparse_layers.index(extract_layer_index(prefix))
         self.is_first = index == 0
-        self.place = index % plan.layers_per_entry
-        leader = None if self.place == 0 else _leader(plan.sparse_layers[index - self.place], vllm_config)
+        place = index % plan.layers_per_entry
+        leader = None if place == 0 else _leader(plan.sparse_layers[index - place], vllm_config)
         kwargs.update(
             attn_backend=S2AttentionBackend,
             kv_sharing_target_layer_name=None if leader is None else leader.layer_name,
             pattern=plan.pattern_of_rank(get_tensor_model_parallel_rank()),
             strided_name=(prefix if leader is None else leader.layer_name) + STRIDED_SUFFIX,
+            first_kv_head=place * plan.num_kv_heads,
         )
         super().__init__(*args, **kwargs)
         self._check_layer()
@@ -140,14 +141,10 @@ class S2Attention(Attention):
                 f"KV cache of layer {self.layer_name}: pages of {tuple(kv_cache.shape[1:])}, "
                 f"expected {expected}"
             )
-        self.kv_cache = self.heads_of(kv_cache)
+        self.kv_cache = self.impl.heads_of(kv_cache)
         # All sparse layers run the same kernels.
         if self.is_first and self.kv_cache.is_cuda:
             self.impl.warm_up(self.kv_cache)
-
-    def heads_of(self, entry_cache: torch.Tensor) -> torch.Tensor:
-        """This layer's range of the heads of an entry's pages."""
-        return entry_cache.narrow(1, self.place * self.num_kv_heads, self.num_kv_heads)
 
     def _check_layer(self) -> None:
         pattern = self.impl.pattern

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from vllm.config import VllmConfig
@@ -13,6 +13,7 @@ from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
     AttentionImpl,
+    AttentionLayer,
     AttentionMetadata,
     AttentionMetadataBuilder,
     AttentionType,
@@ -21,11 +22,10 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
+from s2_kernels import paged
+from s2_kernels.launch.choice import Impl
 from s2_kernels.paged import PagedRequests
 from s2_kernels.pattern import S2Pattern
-
-if TYPE_CHECKING:
-    from s2_vllm.attention import S2Attention
 
 
 class S2AttentionBackend(AttentionBackend):
@@ -99,6 +99,7 @@ class S2MetadataBuilder(AttentionMetadataBuilder[S2Metadata]):
         vllm_config: VllmConfig,
         device: torch.device,
     ) -> None:
+        # Abstract in vLLM, which does all there is to do.
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
 
     def build(
@@ -128,6 +129,8 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
     Args:
         pattern: the pattern of this rank's heads.
         strided_name: the entry that holds this layer's strided tier.
+        first_kv_head: the first of this layer's heads among those of that entry.
+        impl: the kernels to run; None for the fastest that take a call.
         others: as every vLLM attention implementation has them.
     """
 
@@ -146,6 +149,8 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
         *,
         pattern: S2Pattern,
         strided_name: str,
+        first_kv_head: int = 0,
+        impl: Impl | None = None,
     ) -> None:
         self.num_heads = num_heads
         self.head_size = head_size
@@ -154,6 +159,12 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.pattern = pattern
         self.strided_name = strided_name
+        self.first_kv_head = first_kv_head
+        self.impl = impl
+
+    def heads_of(self, entry_cache: torch.Tensor) -> torch.Tensor:
+        """This layer's range of the heads of an entry's pages."""
+        return entry_cache.narrow(1, self.first_kv_head, self.num_kv_heads)
 
     def warm_up(self, kv_cache: torch.Tensor) -> None:
         """Compile the prefill kernels, which the first requests would wait for otherwise.
@@ -164,7 +175,6 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
         Args:
             kv_cache: this layer's heads of a tier's pages; both tiers have the same shape.
         """
-        from s2_kernels.prefill import paged_prefill
 
         def integers(*values: int) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int32, device=kv_cache.device)
@@ -174,11 +184,11 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
         request = PagedRequests(kv_cache, kv_cache, table, table, integers(0, 1), integers(1))
         out = torch.empty_like(q)
         for max_seq_len in (1, self.pattern.window_tokens + 1):
-            paged_prefill(q, request, self.pattern, self.scale, out, max_seq_len=max_seq_len)
+            self._attend(q, request, out, max_seq_len=max_seq_len)
 
     def forward(
         self,
-        layer: S2Attention,
+        layer: AttentionLayer,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -206,66 +216,50 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
         assert output_block_scale is None
         if attn_metadata is None:
             return output.zero_()
+        window = attn_metadata
         strided, _, strided_entry, _ = get_attention_context(self.strided_name)
-        tiers = _Tiers(kv_cache, layer.heads_of(strided_entry), attn_metadata, strided)
-        n = attn_metadata.num_tokens
-        attend = self._attend_on_cpu if query.device.type == "cpu" else self._attend_on_gpu
-        attend(query[:n], key[:n], value[:n], tiers, output[:n])
-        return output
-
-    def _attend_on_cpu(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiers: _Tiers, out: torch.Tensor
-    ) -> None:
-        from s2_kernels.torch_path import paged_attention, write_cache
-
-        window, strided = tiers.window, tiers.strided
-        write_cache(k, v, *tiers.caches, window.slot_mapping, strided.slot_mapping, self.pattern)
-        requests = tiers.requests(slice(None), window.query_start_loc)
-        paged_attention(q, requests, self.pattern, self.scale, out)
-
-    def _attend_on_gpu(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, tiers: _Tiers, out: torch.Tensor
-    ) -> None:
-        from s2_kernels.cache_write import write_cache
-        from s2_kernels.decode import paged_decode
-        from s2_kernels.prefill import paged_prefill
-
-        window, strided = tiers.window, tiers.strided
-        write_cache(k, v, *tiers.caches, window.slot_mapping, strided.slot_mapping, self.pattern)
+        caches = (kv_cache, self.heads_of(strided_entry))
+        n = window.num_tokens
+        paged.write(
+            key[:n],
+            value[:n],
+            *caches,
+            window.slot_mapping,
+            strided.slot_mapping,
+            self.pattern,
+            impl=self.impl,
+        )
+        requests = PagedRequests(
+            *caches, window.block_table, strided.block_table, window.query_start_loc, window.seq_lens
+        )
         decodes, tokens = window.num_decodes, window.num_decode_tokens
         if decodes:
-            requests = tiers.requests(slice(decodes), window.query_start_loc[: decodes + 1])
-            paged_decode(q[:tokens], requests, self.pattern, self.scale, out[:tokens])
+            self._attend(query[:tokens], requests.first(decodes), output[:tokens], max_query_len=1)
         if decodes < len(window.seq_lens):
-            requests = tiers.requests(slice(decodes, None), window.prefill_query_start_loc)
-            paged_prefill(
-                q[tokens:],
-                requests,
-                self.pattern,
-                self.scale,
-                out[tokens:],
+            self._attend(
+                query[tokens:n],
+                requests.after(decodes, window.prefill_query_start_loc),
+                output[tokens:n],
                 max_seq_len=window.max_seq_len,
             )
+        return output
 
-
-class _Tiers(NamedTuple):
-    """A layer's two caches and their metadata."""
-
-    window_cache: torch.Tensor
-    strided_cache: torch.Tensor
-    window: S2Metadata
-    strided: S2Metadata
-
-    @property
-    def caches(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.window_cache, self.strided_cache
-
-    def requests(self, which: slice, query_start_loc: torch.Tensor) -> PagedRequests:
-        """Some of the batch's requests, whose queries start at `query_start_loc`."""
-        return PagedRequests(
-            *self.caches,
-            self.window.block_table[which],
-            self.strided.block_table[which],
-            query_start_loc,
-            self.window.seq_lens[which],
+    def _attend(
+        self,
+        q: torch.Tensor,
+        requests: PagedRequests,
+        out: torch.Tensor,
+        *,
+        max_query_len: int | None = None,
+        max_seq_len: int | None = None,
+    ) -> None:
+        paged.attend(
+            q,
+            requests,
+            self.pattern,
+            self.scale,
+            out,
+            max_query_len=max_query_len,
+            max_seq_len=max_seq_len,
+            impl=self.impl,
         )

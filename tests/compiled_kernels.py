@@ -14,11 +14,12 @@ import torch
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from s2_kernels import hopper
+from s2_kernels import hopper, paged
 from s2_kernels.hopper import prefill as hopper_prefill
-from s2_kernels.paged import PagedRequests
+from s2_kernels.launch import limits
+from s2_kernels.launch.choice import Impl
+from s2_kernels.paged.requests import PagedRequests
 from s2_kernels.pattern import S2Pattern
-from s2_kernels.prefill import paged_prefill
 from tests.hopper_sass import HOPPER
 
 BACKEND = make_backend(HOPPER)
@@ -26,7 +27,7 @@ PATTERN = S2Pattern.build(8, 2, local_blocks=4, vert_stride=8)
 LENGTHS = (PATTERN.window_tokens, PATTERN.window_tokens + 1)
 
 
-def serve(num_decodes: int, num_prefills: int, table_width: int, max_seq_len: int) -> None:
+def serve(impl: Impl, num_decodes: int, num_prefills: int, table_width: int, max_seq_len: int) -> None:
     """Launch the prefill of a step as the engine does: its requests are the last ones of the step's."""
     cache = torch.zeros(3, 2, 64, 128, dtype=torch.bfloat16)
     total = num_decodes + num_prefills
@@ -35,7 +36,7 @@ def serve(num_decodes: int, num_prefills: int, table_width: int, max_seq_len: in
     starts = torch.arange(num_prefills + 1, dtype=torch.int32) * 7
     q = torch.zeros(num_decodes + num_prefills * 7, 8, 64, dtype=torch.bfloat16)[num_decodes:]
     requests = PagedRequests(cache, cache, table, table, starts, lengths)
-    paged_prefill(q, requests, PATTERN, 0.125, torch.empty_like(q), max_seq_len=max_seq_len)
+    paged.attend(q, requests, PATTERN, 0.125, torch.empty_like(q), max_seq_len=max_seq_len, impl=impl)
 
 
 def count_compiled() -> dict[str, int]:
@@ -51,12 +52,11 @@ def count_compiled() -> dict[str, int]:
     with (
         patch.object(JITFunction, "run", record),
         patch.object(hopper_prefill, "num_multiprocessors", lambda _: 132),
-        patch.object(hopper, "supports") as supports,
+        patch.object(hopper, "refusal", lambda *_, **__: None),
+        patch.object(limits, "refusal", lambda *_, **__: None),
     ):
-        for has_hopper in (False, True):
-            supports.return_value = has_hopper
-            for batch in product(range(5), (1, 2, 16, 17), (1, 16, 33), LENGTHS):
-                serve(*batch)
+        for call in product(("triton", "hopper"), range(5), (1, 2, 16, 17), (1, 16, 33), LENGTHS):
+            serve(*call)
     return {name: len(kinds) for name, kinds in compiled.items()}
 
 

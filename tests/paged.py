@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 from s2_kernels.layout import TierLayout
-from s2_kernels.paged import PagedRequests
+from s2_kernels.paged.requests import PagedRequests
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.reference import attention_reference, cache_write_reference
 

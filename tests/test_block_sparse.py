@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 
-from s2_kernels.block_sparse import block_sparse_fwd, merge_rows
+from s2_kernels.attention import s2_attention
+from s2_kernels.contiguous.block_sparse import block_sparse_fwd, merge_rows
+from s2_kernels.contiguous.sequences import Span
 from s2_kernels.masks import BlockMask, dense_heads, local_window, range_strides, sink_blocks
 from s2_kernels.pattern import S2Pattern
-from s2_kernels.sequences import Span
 from tests.contiguous import expected_attention, random_causal_mask
 from tests.paged import DEVICE, DTYPE_NAMES, DTYPES, TOLERANCES
 
@@ -184,16 +186,14 @@ def test_visits_are_the_union_of_the_rows(rows: int) -> None:
     assert any_unmasked
 
 
-def test_wrong_arguments_are_named() -> None:
+def test_what_the_kernel_does_not_take_is_named() -> None:
     q, k, v = torch.randn(3, 1, 20, 2, 16, device=DEVICE)
-    mask = block_mask(local_window(4, 2), 16)
-    spans = (Span(0, 0, 20, 0, 20),)
-    out = torch.empty_like(q)
-    with pytest.raises(ValueError, match=r"^q: head size 288"):
-        block_sparse_fwd(q.repeat(1, 1, 1, 18), k, v, mask, spans, 1.0, out, None)
+    attend = partial(s2_attention, pattern=block_mask(local_window(4, 2), 16), impl="triton")
+    with pytest.raises(ValueError, match=r"^q: head size 288, expected 1 to 256"):
+        attend(*(x.repeat(1, 1, 1, 18) for x in (q, k, v)))
     with pytest.raises(ValueError, match=r"^q: dtype torch.float64"):
-        block_sparse_fwd(q.double(), k, v, mask, spans, 1.0, out, None)
-    with pytest.raises(ValueError, match=r"^mask\.block_size: 8"):
-        block_sparse_fwd(q, k, v, block_mask(local_window(4, 2), 8), spans, 1.0, out, None)
+        attend(q.double(), k.double(), v.double())
+    with pytest.raises(ValueError, match=r"^block_size: 8, expected at least 16"):
+        attend(q, k, v, pattern=block_mask(local_window(4, 2), 8))
     with pytest.raises(ValueError, match=r"^v: strides"):
-        block_sparse_fwd(q, k, v.transpose(2, 3), mask, spans, 1.0, out, None)
+        attend(q, k, v.transpose(2, 3).contiguous().transpose(2, 3))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 
-from s2_kernels import torch_path
-from s2_kernels.cache_write import write_cache
+from s2_kernels import paged
+from s2_kernels.launch.choice import Impl
 from s2_kernels.pattern import S2Pattern
-from s2_kernels.prefill import paged_prefill
 from s2_kernels.reference import cache_write_reference
 from tests.paged import (
     DEVICE,
@@ -24,6 +23,8 @@ from tests.paged import (
     make_pools,
     move_to_far_pages,
 )
+
+write_cache = partial(paged.write, impl="triton")
 
 REQUESTS = [(0, 75), (37, 1), (0, 0), (230, 70)]
 SMALL = Geometry(S2Pattern.build(2, 2, block_size=16, local_blocks=2, vert_stride=4))
@@ -100,21 +101,17 @@ def check_what_attention_reads(batch: PagedBatch) -> None:
         batch.pattern,
     )
     out = batch.poisoned_output()
-    paged_prefill(batch.q, batch.requests, batch.pattern, batch.scale, out)
+    paged.attend(batch.q, batch.requests, batch.pattern, batch.scale, out, impl="triton")
     batch.check(out)
 
 
-@pytest.mark.parametrize(
-    "write",
-    [write_cache, torch_path.write_cache, cache_write_reference],
-    ids=["triton", "torch", "reference"],
-)
-def test_a_token_without_a_slot_in_one_tier_is_skipped(write: Callable[..., None]) -> None:
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+def test_a_token_without_a_slot_in_one_tier_is_skipped(impl: Impl) -> None:
     batch = build_batch(SMALL, [(0, 80)])
     window_slots, strided_slots = batch.window_slots.clone(), batch.strided_slots.clone()
     window_slots[3], strided_slots[20] = -1, -1
     written, expected = empty_pools(batch, "token-major"), empty_pools(batch, "token-major")
-    write(batch.key, batch.value, *written, window_slots, strided_slots, batch.pattern)
+    paged.write(batch.key, batch.value, *written, window_slots, strided_slots, batch.pattern, impl=impl)
     keep = torch.ones(80, dtype=torch.bool)
     keep[[3, 20]] = False
     new = (x[keep].to(DEVICE) for x in (batch.key, batch.value, batch.window_slots, batch.strided_slots))

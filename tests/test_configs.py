@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from benchmarks.tune import SEARCHES
-from s2_kernels import configs
-from s2_kernels.configs import launch_config, load_table, shape_key, table_path, trial
+from s2_kernels.launch import configs
+from s2_kernels.launch.configs import launch_config, load_table, shape_key, table_path, trial
 
 DEFAULTS = {"BLOCK_N": 64, "num_warps": 4}
 

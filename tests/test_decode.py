@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from s2_kernels.decode import paged_decode
-from s2_kernels.decode_combine import MAX_CHUNK, MIN_CHUNK, chunk_size
+from s2_kernels import paged
+from s2_kernels.paged.decode import paged_decode
+from s2_kernels.paged.decode_combine import MAX_CHUNK, MIN_CHUNK, chunk_size
 from s2_kernels.pattern import S2Pattern
 from tests.paged import (
     DEVICE,
@@ -36,7 +37,10 @@ def scaled(pattern: S2Pattern) -> list[tuple[int, int]]:
 
 def run(batch: PagedBatch, num_programs: int | None = None) -> torch.Tensor:
     out = batch.poisoned_output()
-    paged_decode(batch.q, batch.requests, batch.pattern, batch.scale, out, num_programs)
+    if num_programs is None:
+        paged.attend(batch.q, batch.requests, batch.pattern, batch.scale, out, max_query_len=1, impl="triton")
+    else:
+        paged_decode(batch.q, batch.requests, batch.pattern, batch.scale, out, num_programs)
     return out
 
 
@@ -86,8 +90,8 @@ def test_batch_without_queries(requests: list[tuple[int, int]]) -> None:
 
 
 @pytest.mark.parametrize("num_programs", range(2, 12))
-def test_every_cut_of_the_line(num_programs: int) -> None:
-    """Shares that end inside a KV head, at its end, and, with a tile to spare, inside many in a row."""
+def test_splits_of_every_length(num_programs: int) -> None:
+    """Splits that end inside a KV head, at its end, and, with a tile to spare, inside many in a row."""
     requests = [(0, 1), (203, 1), (0, 0), (16, 1), (77, 1)]
     batch = build_batch(SMALL, requests, padding_tokens=1)
     batch.check(run(batch, num_programs))
@@ -101,7 +105,7 @@ def test_more_partial_results_than_are_read_at_once() -> None:
 
 
 def test_stale_length_of_a_padding_request_combines_nothing() -> None:
-    """By its length it would be cut; the row at its place is the next request's, which is not."""
+    """By its length it would be split; the row at its place is the next request's, which is not."""
     batch = build_batch(SMALL, [(300, 0), (10, 1), (900, 1)])
     batch.check(run(batch, 12))
 
@@ -124,7 +128,7 @@ def test_any_batch_on_any_number_of_programs(
     batch.check(run(batch, num_programs))
 
 
-def test_chunk_holds_all_results_of_equal_parts() -> None:
+def test_chunk_holds_all_results_of_equal_contexts() -> None:
     assert chunk_size(264, 512) == MIN_CHUNK
     assert chunk_size(264, 8) == 64
     assert chunk_size(10_000, 1) == MAX_CHUNK

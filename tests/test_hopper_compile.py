@@ -14,11 +14,11 @@ import pytest
 from tests.programs import run_python
 
 CASES: dict[str, dict[str, Any]] = {
-    "paged-128-short": {"HEAD_SIZE": 128, "PAGE_SLOTS": 64, "NUM_KEPT": 1, "IN_HALVES": False},
-    "paged-128": {"HEAD_SIZE": 128, "PAGE_SLOTS": 64, "NUM_KEPT": 1, "IN_HALVES": True},
-    "paged-128-kept4": {"HEAD_SIZE": 128, "PAGE_SLOTS": 256, "NUM_KEPT": 4, "IN_HALVES": True},
-    "paged-64": {"HEAD_SIZE": 64, "PAGE_SLOTS": 64, "NUM_KEPT": 1, "IN_HALVES": True},
-    "contiguous-128": {"HEAD_SIZE": 128, "PAGE_SLOTS": 0, "NUM_KEPT": 1, "IN_HALVES": True},
+    "paged-128-short": {"HEAD_SIZE": 128, "PAGE_SLOTS": 64, "NUM_KEPT": 1, "HALF_START": False},
+    "paged-128": {"HEAD_SIZE": 128, "PAGE_SLOTS": 64, "NUM_KEPT": 1, "HALF_START": True},
+    "paged-128-kept4": {"HEAD_SIZE": 128, "PAGE_SLOTS": 256, "NUM_KEPT": 4, "HALF_START": True},
+    "paged-64": {"HEAD_SIZE": 64, "PAGE_SLOTS": 64, "NUM_KEPT": 1, "HALF_START": True},
+    "contiguous-128": {"HEAD_SIZE": 128, "PAGE_SLOTS": 0, "NUM_KEPT": 1, "HALF_START": True},
 }
 
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from s2_kernels import hopper
+from s2_kernels import hopper, paged
 from s2_kernels.attention import s2_attention
-from s2_kernels.configs import trial
 from s2_kernels.hopper import prefill
+from s2_kernels.launch.configs import trial
 from s2_kernels.pattern import S2Pattern
-from s2_kernels.prefill import paged_prefill
 from s2_kernels.reference import attention_reference
 from tests.contiguous import expected_attention
 from tests.gluon_emulator import emulated_prefill
-from tests.paged import Geometry, build_batch
+from tests.paged import Geometry, PagedBatch, build_batch
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="needs tensors on the CPU")
 
@@ -44,6 +43,12 @@ def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefill, "num_multiprocessors", lambda device: 3)
 
 
+def attend(batch: PagedBatch, out: torch.Tensor, max_seq_len: int | None = None) -> None:
+    paged.attend(
+        batch.q, batch.requests, batch.pattern, batch.scale, out, max_seq_len=max_seq_len, impl="hopper"
+    )
+
+
 @pytest.mark.parametrize("max_seq_len", [1, None], ids=["short", "long"])
 @pytest.mark.parametrize("requests", BATCHES)
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
@@ -52,7 +57,7 @@ def test_paged(geometry: Geometry, requests: str, max_seq_len: int | None) -> No
     dtype = torch.float16 if geometry.head_size == 64 else torch.bfloat16
     batch = build_batch(geometry, BATCHES[requests], dtype=dtype, padding_tokens=3)
     out = batch.poisoned_output()
-    paged_prefill(batch.q, batch.requests, batch.pattern, batch.scale, out, max_seq_len=max_seq_len)
+    attend(batch, out, max_seq_len)
     batch.check(out)
 
 
@@ -60,7 +65,7 @@ def test_any_configuration() -> None:
     batch = build_batch(GEOMETRIES[0], BATCHES["mixed"], dtype=torch.float16, padding_tokens=3)
     out = batch.poisoned_output()
     with trial("hopper_prefill", {"STAGES": 3, "section_mib": 1}) as shapes:
-        paged_prefill(batch.q, batch.requests, batch.pattern, batch.scale, out)
+        attend(batch, out)
     assert shapes == {"head64-16bit"}
     batch.check(out)
 
@@ -81,6 +86,7 @@ def test_contiguous_with_log_sum_exp(head_size: int) -> None:
         cu_seqlens_q=torch.tensor(starts),
         cu_seqlens_k=torch.tensor(key_starts),
         return_lse=True,
+        impl="hopper",
     )
     expected = attention_reference(q, k, v, pattern, scale, starts, key_starts)
     torch.testing.assert_close(out, expected, atol=2e-3, rtol=2e-3)

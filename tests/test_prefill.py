@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from s2_kernels import paged
 from s2_kernels.pattern import S2Pattern
-from s2_kernels.prefill import paged_prefill
 from tests.paged import (
     DEVICE,
     DTYPE_NAMES,
@@ -18,6 +18,7 @@ from tests.paged import (
     move_to_far_pages,
 )
 
+IMPL = None if DEVICE == "cuda" else "triton"
 # (context, queries) of each request, for blocks of 16 tokens; longer blocks get lengths in proportion.
 BATCHES = {
     "prompts": [(0, 77), (0, 1), (0, 130)],
@@ -34,7 +35,7 @@ def scaled(batch: str, pattern: S2Pattern) -> list[tuple[int, int]]:
 
 def run(batch: PagedBatch) -> torch.Tensor:
     out = batch.poisoned_output()
-    paged_prefill(batch.q, batch.requests, batch.pattern, batch.scale, out)
+    paged.attend(batch.q, batch.requests, batch.pattern, batch.scale, out, impl=IMPL)
     return out
 
 
@@ -88,13 +89,13 @@ def test_wrong_arguments_are_named() -> None:
     out = batch.poisoned_output()
     tiny = S2Pattern.build(2, 2, block_size=8, local_blocks=2, vert_stride=4)
     with pytest.raises(ValueError, match=r"^q: shape"):
-        paged_prefill(q[:, :1], requests, pattern, scale, out)
+        paged.attend(q[:, :1], requests, pattern, scale, out)
     with pytest.raises(ValueError, match=r"^out: "):
-        paged_prefill(q, requests, pattern, scale, out[:3])
+        paged.attend(q, requests, pattern, scale, out[:3])
     with pytest.raises(ValueError, match=r"^scale: 0"):
-        paged_prefill(q, requests, pattern, 0.0, out)
-    with pytest.raises(ValueError, match=r"^pattern\.block_size: 8"):
-        paged_prefill(q, requests, tiny, scale, out)
+        paged.attend(q, requests, pattern, 0.0, out)
+    with pytest.raises(ValueError, match=r"^block_size: 8, expected at least 16"):
+        paged.attend(q, requests, tiny, scale, out, impl="triton")
     for wrong, message in (
         ({"window_cache": window.half()}, r"^window_cache: dtype"),
         ({"strided_cache": strided[..., :-1]}, r"^strided_cache: shape"),
@@ -110,7 +111,7 @@ def test_wrong_arguments_are_named() -> None:
         ({"window_table": requests.window_table.long()}, r"^window_table: torch.int64"),
     ):
         with pytest.raises(ValueError, match=message):
-            paged_prefill(q, requests._replace(**wrong), pattern, scale, out)
+            paged.attend(q, requests._replace(**wrong), pattern, scale, out, impl=IMPL)
 
 
 def test_every_request_of_many_has_its_tile() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from s2_kernels import torch_path
+from s2_kernels.paged import torch_path
+from s2_kernels.paged.torch_path import paged_attention, write_cache
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.reference import cache_write_reference
-from s2_kernels.torch_path import paged_attention, write_cache
 from tests.paged import POISON_PAGE, Geometry, PoolKind, build_batch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

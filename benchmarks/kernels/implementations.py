@@ -19,6 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels.inputs import DENSE_PAGE_TOKENS, Inputs, empty_two_tier_cache
 from benchmarks.kernels.timing import Launch
+from s2_kernels import paged
+from s2_kernels.attention import s2_attention
 from s2_kernels.paged import PagedRequests
 
 Preparation = Callable[[Inputs], Launch]
@@ -49,15 +51,11 @@ class Implementation:
 
 
 def prepare_s2_prefill(inputs: Inputs) -> Launch:
-    from s2_kernels.prefill import paged_prefill
-
-    return _prepare_paged(partial(paged_prefill, max_seq_len=inputs.case.total_len), inputs)
+    return _prepare_paged(partial(paged.attend, max_seq_len=inputs.case.total_len), inputs)
 
 
 def prepare_s2_decode(inputs: Inputs) -> Launch:
-    from s2_kernels.decode import paged_decode
-
-    return _prepare_paged(paged_decode, inputs)
+    return _prepare_paged(partial(paged.attend, max_query_len=1), inputs)
 
 
 def _prepare_paged(attention: Callable[..., None], inputs: Inputs) -> Launch:
@@ -79,25 +77,18 @@ def _prepare_paged(attention: Callable[..., None], inputs: Inputs) -> Launch:
 
 
 def prepare_s2_cache_write(inputs: Inputs) -> Launch:
-    from s2_kernels.cache_write import write_cache
-
     cache = empty_two_tier_cache(inputs.case, inputs.k.dtype, inputs.k.device)
     pools = cache.window_cache, cache.strided_cache
     slots = cache.window_slots, cache.strided_slots
 
     def launch() -> object:
-        write_cache(inputs.k, inputs.v, *pools, *slots, inputs.case.pattern)
+        paged.write(inputs.k, inputs.v, *pools, *slots, inputs.case.pattern)
         return cache
 
     return launch
 
 
 def prepare_s2_contiguous(inputs: Inputs) -> Launch:
-    try:
-        from s2_kernels.attention import s2_attention
-    except ImportError as error:
-        raise Unavailable(str(error)) from error
-
     q, k, v = (_batched(x, inputs) for x in (inputs.q, inputs.k, inputs.v))
 
     def launch() -> torch.Tensor:

@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 
 from benchmarks.kernels.cases import Case
-from s2_kernels.cache_write import write_cache
+from s2_kernels import paged
 from s2_kernels.layout import TierLayout
 
 # FlashAttention-3 loads pages by TMA when they hold whole tiles of keys, 128 for this head size.
@@ -88,7 +88,7 @@ class Inputs:
         cache = empty_two_tier_cache(self.case, self.q.dtype, self.q.device)
         pattern = self.case.pattern
         slots = cache.window_slots, cache.strided_slots
-        write_cache(self.k, self.v, cache.window_cache, cache.strided_cache, *slots, pattern)
+        paged.write(self.k, self.v, cache.window_cache, cache.strided_cache, *slots, pattern)
         cache.window_cache[0] = torch.nan
         return cache
 

@@ -1,25 +1,18 @@
 """S2-Attention over contiguous keys and values, without an engine: for training code and research.
 
-On a GPU the Triton kernel of `s2_kernels.block_sparse` runs, or for a served pattern on a Hopper GPU the one
-of `s2_kernels.hopper`. Tensors on the CPU take plain PyTorch, a right
-answer for small sizes, not a fast one; under Triton's interpreter they take the kernel as well.
+On a GPU the Triton kernel of `s2_kernels.contiguous` runs, or for a served pattern on a Hopper GPU the one of
+`s2_kernels.hopper`. Tensors on the CPU take plain PyTorch: a right answer for small sizes, not a fast one.
 """
 
 from __future__ import annotations
 
-import os
-from functools import lru_cache
-
 import torch
 
-from s2_kernels import hopper
-from s2_kernels.cuda_graphs import hold_for_graph
-from s2_kernels.masks import BlockMask, pattern_block_mask
+from s2_kernels.contiguous.dispatch import run
+from s2_kernels.contiguous.sequences import Span, batch_spans, longest, packed_spans
+from s2_kernels.launch.choice import Impl
+from s2_kernels.masks import BlockMask
 from s2_kernels.pattern import S2Pattern
-from s2_kernels.sequences import Span, batch_spans, packed_spans
-
-_CPU_QUERIES = 256
-"""Queries whose logits the CPU path holds at a time."""
 
 
 def s2_attention(
@@ -32,6 +25,7 @@ def s2_attention(
     cu_seqlens_q: torch.Tensor | None = None,
     cu_seqlens_k: torch.Tensor | None = None,
     return_lse: bool = False,
+    impl: Impl | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Sparsely-Sharded attention (arXiv 2407.17678, section 3), causal, forward only.
 
@@ -49,13 +43,15 @@ def s2_attention(
             Best on the CPU, where reading it costs no wait for the GPU.
         cu_seqlens_k: the same for keys; None when every token is also a query.
         return_lse: whether to return the log-sum-exp as well.
+        impl: "reference", "torch", "triton" or "hopper"; None for the fastest that takes the call.
 
     Returns:
         As q, in q's dtype. With `return_lse` also the natural logarithm of the sum of the exponentials of
         the scaled logits, -inf for an empty set: float32 [batch, num_heads, queries], or [num_heads, tokens].
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype or value; the message names it.
+        ValueError: an argument has a wrong shape, dtype or value, or `impl` does not take the call; the
+            message names it.
         NotImplementedError: an input needs a gradient; there is no backward pass.
     """
     is_packed = q.dim() == 3
@@ -72,7 +68,7 @@ def s2_attention(
             )
         check_shapes(q, k, v)
         spans = batch_spans(q.shape[0], q.shape[1], k.shape[1])
-    out, lse = attend(q, k, v, pattern, spans, scale=scale, return_lse=return_lse)
+    out, lse = attend(q, k, v, pattern, spans, scale=scale, return_lse=return_lse, impl=impl)
     if is_packed:
         out, lse = out[0], None if lse is None else lse[0]
     return out if lse is None else (out, lse)
@@ -88,6 +84,7 @@ def attend(
     scale: float | None = None,
     out: torch.Tensor | None = None,
     return_lse: bool = False,
+    impl: Impl | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of the sequences at `spans`: what every call of this library comes down to.
 
@@ -99,18 +96,20 @@ def attend(
         scale: factor on the logits, positive; None for head_size ** -0.5.
         out: as q, written in place; None for a new tensor.
         return_lse: whether to compute the log-sum-exp.
+        impl: as in `s2_attention`.
 
     Returns:
         out, and the log-sum-exp, float32 [batch, num_heads, queries] (-inf for tokens of no sequence), or
         None.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype or value; the message names it.
+        ValueError: an argument has a wrong shape, dtype or value, or `impl` does not take the call; the
+            message names it.
         NotImplementedError: an input needs a gradient; there is no backward pass.
     """
     check_shapes(q, k, v)
     _check_no_gradient(q, k, v)
-    _check_pattern(pattern, q.shape[2], k.shape[2], _longest(spans))
+    _check_pattern(pattern, q.shape[2], k.shape[2], longest(spans))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not scale > 0:
         raise ValueError(f"scale: {scale}, expected a positive number")
@@ -122,135 +121,8 @@ def attend(
     if return_lse:
         lse = q.new_full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=torch.float32)
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        _run_kernel(q, k, v, pattern, spans, scale, out, lse)
+        run(q, k, v, pattern, spans, scale, out, lse, impl)
     return out, lse
-
-
-def _run_kernel(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    pattern: S2Pattern | BlockMask,
-    spans: tuple[Span, ...],
-    scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    """Write `out` and `lse`. The one place that chooses a kernel."""
-    if isinstance(pattern, S2Pattern) and _fits_hopper(q, k, v, out, pattern, spans):
-        _attend_on_hopper(q, k, v, pattern, spans, scale, out, lse)
-        return
-    mask = pattern if isinstance(pattern, BlockMask) else pattern_block_mask(pattern, _longest(spans))
-    if q.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        _attend_on_cpu(q, k, v, mask, spans, scale, out, lse)
-    else:
-        from s2_kernels.block_sparse import block_sparse_fwd
-
-        block_sparse_fwd(q, k, v, mask, spans, scale, out, lse)
-
-
-def _fits_hopper(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    pattern: S2Pattern,
-    spans: tuple[Span, ...],
-) -> bool:
-    """Whether the Hopper kernel takes this: sequences one after the other in q, and rows of tokens."""
-    ends = [span.batch * q.shape[1] + span.query_start + span.num_queries for span in spans]
-    starts = [end - span.num_queries for end, span in zip(ends, spans, strict=True)]
-    return (
-        q.numel() > 0
-        and [*starts, q.shape[0] * q.shape[1]] == [0, *ends]
-        and out.stride(-1) == 1
-        and all(x.stride(0) == x.shape[1] * x.stride(1) or x.shape[0] == 1 for x in (q, k, v, out))
-        and hopper.supports(pattern, q[0], k[0], v[0])
-    )
-
-
-def _attend_on_hopper(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    pattern: S2Pattern,
-    spans: tuple[Span, ...],
-    scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    from s2_kernels.hopper.prefill import contiguous_prefill_fwd
-
-    query_start_loc, key_start_loc, seq_lens = _packed_lengths(spans, q.shape[1], k.shape[1], q.device)
-    hold_for_graph(query_start_loc, key_start_loc, seq_lens)
-    row_lse = None if lse is None else lse.new_empty(q.shape[0] * q.shape[1], q.shape[2])
-    contiguous_prefill_fwd(
-        q.flatten(0, 1),
-        k.flatten(0, 1),
-        v.flatten(0, 1),
-        query_start_loc,
-        key_start_loc,
-        seq_lens,
-        pattern,
-        scale,
-        out.flatten(0, 1),
-        row_lse,
-    )
-    if lse is not None and row_lse is not None:
-        lse.copy_(row_lse.unflatten(0, q.shape[:2]).transpose(1, 2))
-
-
-@lru_cache(maxsize=64)
-def _packed_lengths(
-    spans: tuple[Span, ...], num_queries: int, num_keys: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(query_start_loc, key_start_loc, seq_lens) of the sequences in flattened tensors."""
-    query_starts = [span.batch * num_queries + span.query_start for span in spans]
-    key_starts = [span.batch * num_keys + span.key_start for span in spans]
-    columns = (
-        [*query_starts, query_starts[-1] + spans[-1].num_queries],
-        [*key_starts, key_starts[-1] + spans[-1].num_keys],
-        [span.num_keys for span in spans],
-    )
-    query_start_loc, key_start_loc, seq_lens = (
-        torch.tensor(column, dtype=torch.int32, device=device) for column in columns
-    )
-    return query_start_loc, key_start_loc, seq_lens
-
-
-def _attend_on_cpu(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: BlockMask,
-    spans: tuple[Span, ...],
-    scale: float,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-) -> None:
-    """As `block_sparse_fwd`, with every logit computed and the mask spelt out token by token."""
-    group, mask_group = q.shape[2] // k.shape[2], q.shape[2] // mask.num_heads
-    for span in spans:
-        of_sequence = slice(span.key_start, span.key_start + span.num_keys)
-        keys, values = (x[span.batch, of_sequence].float().repeat_interleave(group, dim=1) for x in (k, v))
-        blocks = mask.to_dense(-(-span.num_keys // mask.block_size)).repeat_interleave(mask_group, dim=0)
-        key_positions = torch.arange(span.num_keys, device=q.device)
-        rows_of_span = torch.arange(span.query_start, span.query_start + span.num_queries, device=q.device)
-        for rows, positions in zip(
-            rows_of_span.split(_CPU_QUERIES),
-            key_positions[span.num_keys - span.num_queries :].split(_CPU_QUERIES),
-            strict=True,
-        ):
-            visible = blocks[:, positions[:, None] // mask.block_size, key_positions // mask.block_size]
-            visible = visible & (key_positions <= positions[:, None])
-            logits = torch.einsum("qhd,khd->hqk", q[span.batch, rows].float() * scale, keys)
-            logits = logits.masked_fill(~visible, float("-inf"))
-            row_lse = logits.logsumexp(dim=2)
-            # A row without keys: exp(-inf - 0) is the zero it is to get.
-            weights = (logits - row_lse.nan_to_num(neginf=0.0)[..., None]).exp()
-            out[span.batch, rows] = torch.einsum("hqk,khd->qhd", weights, values).to(q.dtype)
-            if lse is not None:
-                lse[span.batch, :, rows] = row_lse
 
 
 def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -271,10 +143,6 @@ def check_shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             raise ValueError(
                 f"{name}: {tensor.dtype} on {tensor.device}, expected {q.dtype} on {q.device} as q"
             )
-
-
-def _longest(spans: tuple[Span, ...]) -> int:
-    return max((span.num_keys for span in spans), default=0)
 
 
 def _check_no_gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:

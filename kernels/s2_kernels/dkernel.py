@@ -16,9 +16,9 @@ from functools import lru_cache
 import torch
 
 from s2_kernels.attention import attend, check_shapes
+from s2_kernels.contiguous.sequences import Span, batch_spans, packed_spans
 from s2_kernels.masks import BlockMask, dense_heads
 from s2_kernels.pattern import S2Pattern
-from s2_kernels.sequences import Span, batch_spans, packed_spans
 
 _MIN_BLOCK_SIZE = 16
 _MIN_SEQ_MULTIPLE = 64

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-
-from s2_kernels.pattern import S2Pattern
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +21,25 @@ _MAX_DEFAULT_BLOCKS = 64
 _MAX_COLUMNS = 8
 
 
-def draw_pattern(pattern: S2Pattern, path: str | Path, num_blocks: int | None = None) -> None:
+class Drawable(Protocol):
+    """What a pattern tells to be drawn; `s2_kernels.pattern.S2Pattern` is one, and imports this module."""
+
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def local_blocks(self) -> int: ...
+    @property
+    def vert_stride(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def residues(self) -> tuple[int, ...]: ...
+    def block_mask(self, num_blocks: int) -> torch.Tensor: ...
+
+
+def draw_pattern(pattern: Drawable, path: str | Path, num_blocks: int | None = None) -> None:
     """Save one panel per head as an image. Needs matplotlib.
 
     A block is coloured by the tier that a query reads it from: the local window, or the strided set.
@@ -77,7 +93,7 @@ def draw_pattern(pattern: S2Pattern, path: str | Path, num_blocks: int | None = 
     figure.savefig(path, dpi=150)
 
 
-def cell_colors(pattern: S2Pattern, num_blocks: int) -> torch.Tensor:
+def cell_colors(pattern: Drawable, num_blocks: int) -> torch.Tensor:
     """The colour of every cell: uint8 [num_heads, query blocks, key blocks, RGB]."""
     query = torch.arange(num_blocks)[:, None]
     key = torch.arange(num_blocks)[None, :]

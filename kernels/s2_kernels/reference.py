@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from s2_kernels.layout import TierLayout
-from s2_kernels.paged import PagedRequests
+from s2_kernels.paged.requests import PagedRequests
 from s2_kernels.pattern import S2Pattern
 
 
@@ -25,10 +25,26 @@ def token_mask(pattern: S2Pattern, positions: torch.Tensor, context_len: int) ->
     """
     num_blocks = -(-max(context_len, int(positions.max()) + 1) // pattern.block_size)
     blocks = pattern.block_mask(num_blocks).to(positions.device)
+    return block_token_mask(blocks, pattern.block_size, positions, context_len)
+
+
+def block_token_mask(
+    blocks: torch.Tensor, block_size: int, positions: torch.Tensor, context_len: int
+) -> torch.Tensor:
+    """`token_mask` of a block mask: a query attends to the tokens of its blocks that are not after it.
+
+    Args:
+        blocks: bool [heads, query blocks, key blocks].
+        block_size: tokens per block.
+        positions: int64 [queries], absolute positions.
+        context_len: number of keys, at positions 0 ... context_len - 1.
+
+    Returns:
+        bool [heads, queries, context_len].
+    """
     keys = torch.arange(context_len, device=positions.device)
-    query_block = (positions // pattern.block_size)[:, None]
-    key_block = (keys // pattern.block_size)[None, :]
-    return blocks[:, query_block, key_block] & (keys[None, :] <= positions[:, None])
+    visible = blocks[:, (positions // block_size)[:, None], (keys // block_size)[None, :]]
+    return visible & (keys[None, :] <= positions[:, None])
 
 
 def masked_attention(
@@ -39,18 +55,28 @@ def masked_attention(
     Args:
         q: [queries, num_heads, head_size].
         k, v: [keys, num_kv_heads, head_size]; query head h reads KV head h // group size.
-        mask: bool [num_heads, queries, keys], with at least one key for every query.
+        mask: bool [num_heads, queries, keys].
         scale: factor on the logits.
 
     Returns:
-        [queries, num_heads, head_size] in q's dtype.
+        [queries, num_heads, head_size] in q's dtype; zeros for a query without any key.
     """
-    group = q.shape[1] // k.shape[1]
-    k = k.float().repeat_interleave(group, dim=1)
-    v = v.float().repeat_interleave(group, dim=1)
-    logits = torch.einsum("qhd,khd->hqk", q.float(), k) * scale
-    weights = logits.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    v = v.float().repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+    weights = _masked_logits(q, k, mask, scale).softmax(dim=-1)
+    weights = weights.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
     return torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
+
+
+def masked_log_sum_exp(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """The log-sum-exp of the same logits: float32 [num_heads, queries], -inf for a query without any key."""
+    return _masked_logits(q, k, mask, scale).logsumexp(dim=-1)
+
+
+def _masked_logits(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
+    """Logits [num_heads, queries, keys], -inf where a query does not attend."""
+    k = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    logits = torch.einsum("qhd,khd->hqk", q.float(), k) * scale
+    return logits.masked_fill(~mask, float("-inf"))
 
 
 def attention_reference(

@@ -1,4 +1,4 @@
-"""What the attention kernels share: the arguments they accept, a tile of keys or values, a softmax step.
+"""Device functions that the kernels share: a tile of keys or values, a softmax step, a request's tiles.
 
 Seen from one KV head, both tiers are a sequence of tokens cut into pages of `page_slots` slots: the
 window tier holds every token in order, the strided tier the blocks of the kept residues in order, one
@@ -7,119 +7,24 @@ after the other. So token t of a tier is in slot t mod page_slots of page t // p
 
 from __future__ import annotations
 
-import math
-
-import torch
 import triton
 import triton.language as tl
 
-from s2_kernels.layout import MAX_HEAD_SIZE, TierLayout
-from s2_kernels.paged import PagedRequests
-from s2_kernels.pattern import S2Pattern
 
-LOG2_E = math.log2(math.e)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MIN_DOT_SIZE = 16
-"""The smallest extent that `tl.dot` takes."""
+def first_tile(query_start, request, TILE_M: tl.constexpr):
+    """The first query tile of a request, or of the one past the last: the number of tiles.
 
+    A request has room for at least ceil(queries / TILE_M) tiles, whatever the lengths of those before it, so
+    that the number of tiles follows from the batch's shape; in a batch of one request none is left empty.
 
-def check_paged_arguments(
-    q: torch.Tensor,
-    requests: PagedRequests,
-    pattern: S2Pattern,
-    scale: float,
-    out: torch.Tensor,
-) -> TierLayout:
-    """The page geometry of a paged attention call, whose arguments are checked (their shapes only).
+    Plain Python: the host calls it as it is, Triton and Gluon each compile it.
 
-    Raises:
-        ValueError: an argument has a wrong shape, dtype or value; the message names it.
+    Args:
+        query_start: where the request's queries start in the batch.
+        request: its index.
+        TILE_M: queries of a tile.
     """
-    if q.dim() != 3 or q.shape[1] != pattern.num_heads or not 1 <= q.shape[2] <= MAX_HEAD_SIZE:
-        raise ValueError(
-            f"q: shape {tuple(q.shape)}, expected [tokens, {pattern.num_heads}, at most {MAX_HEAD_SIZE}]"
-        )
-    if q.dtype not in DTYPES:
-        raise ValueError(f"q: dtype {q.dtype}, expected one of {DTYPES}")
-    if out.shape != q.shape or out.dtype != q.dtype:
-        raise ValueError(f"out: {out.dtype} {tuple(out.shape)}, expected {q.dtype} {tuple(q.shape)} as q")
-    for name, tensor in (("q", q), ("out", out)):
-        check_contiguous_last_dim(name, tensor)
-    if pattern.block_size < MIN_DOT_SIZE:
-        raise ValueError(
-            f"pattern.block_size: {pattern.block_size}, expected at least {MIN_DOT_SIZE} for these kernels"
-        )
-    if not scale > 0:
-        raise ValueError(f"scale: {scale}, expected a positive number")
-    layout = check_caches(requests.window_cache, requests.strided_cache, pattern, q.shape[2], q.dtype)
-    _check_requests(requests)
-    return layout
-
-
-def _check_requests(requests: PagedRequests) -> None:
-    """Raise ValueError unless the tables and lengths are int32 arrays for the same requests."""
-    for name, dimensions in (
-        ("seq_lens", 1),
-        ("query_start_loc", 1),
-        ("window_table", 2),
-        ("strided_table", 2),
-    ):
-        tensor = getattr(requests, name)
-        if tensor.dim() != dimensions or tensor.dtype != torch.int32:
-            raise ValueError(
-                f"{name}: {tensor.dtype} {tuple(tensor.shape)}, expected torch.int32, {dimensions} dimensions"
-            )
-        check_contiguous_last_dim(name, tensor)
-    count = requests.seq_lens.shape[0]
-    if requests.query_start_loc.shape[0] != count + 1:
-        raise ValueError(
-            f"query_start_loc: shape {tuple(requests.query_start_loc.shape)}, expected [{count + 1}], "
-            "one more than seq_lens"
-        )
-    for name in ("window_table", "strided_table"):
-        rows = getattr(requests, name).shape[0]
-        if rows < count:
-            raise ValueError(f"{name}: {rows} rows, expected one for each of {count} requests")
-
-
-def num_query_tiles(num_tokens: int, num_requests: int, tile_rows: int) -> int:
-    """Query tiles of a batch, from its shape alone: where the prefill kernels' `tile_start` puts its end."""
-    return (num_tokens + num_requests * (tile_rows - 1)) // tile_rows
-
-
-def check_caches(
-    window_cache: torch.Tensor,
-    strided_cache: torch.Tensor,
-    pattern: S2Pattern,
-    head_size: int,
-    dtype: torch.dtype,
-) -> TierLayout:
-    """The page geometry of two caches, which are checked.
-
-    Raises:
-        ValueError: a cache has a wrong shape or dtype; the message names it.
-    """
-    for name, cache in (("window_cache", window_cache), ("strided_cache", strided_cache)):
-        if cache.dim() != 4 or cache.shape[1] != pattern.num_kv_heads or cache.shape[3] != 2 * head_size:
-            raise ValueError(
-                f"{name}: shape {tuple(cache.shape)}, expected "
-                f"[pages, {pattern.num_kv_heads}, page_slots, {2 * head_size}]"
-            )
-        if cache.dtype != dtype:
-            raise ValueError(f"{name}: dtype {cache.dtype}, expected {dtype} as the other tensors")
-        check_contiguous_last_dim(name, cache)
-    if strided_cache.shape[2] != window_cache.shape[2]:
-        raise ValueError(
-            f"strided_cache: {strided_cache.shape[2]} slots in a page, expected "
-            f"{window_cache.shape[2]} as in window_cache"
-        )
-    return TierLayout(pattern, window_cache.shape[2])
-
-
-def check_contiguous_last_dim(name: str, tensor: torch.Tensor) -> None:
-    """Raise ValueError when elements of the last dimension are not next to each other."""
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ValueError(f"{name}: strides {tensor.stride()}, expected a contiguous last dimension")
+    return (query_start + request * (TILE_M - 1)) // TILE_M
 
 
 @triton.jit

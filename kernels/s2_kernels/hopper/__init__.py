@@ -1,13 +1,13 @@
 """Kernels for Hopper GPUs (compute capability 9.0), written in Gluon, beside the portable Triton ones.
 
-`supports` tells whether they take a call; everything else here imports Gluon.
+`refusal` tells whether they take a call; everything else here imports Gluon.
 """
 
 from __future__ import annotations
 
 import torch
 
-from s2_kernels.device import nvidia_capability
+from s2_kernels.launch.device import nvidia_capability
 from s2_kernels.pattern import S2Pattern
 
 BLOCK_SIZE = 64
@@ -15,22 +15,30 @@ HEAD_SIZES = (64, 128)
 DTYPES = (torch.float16, torch.bfloat16)
 
 
-def supports(pattern: S2Pattern, q: torch.Tensor, *keys_and_values: torch.Tensor) -> bool:
-    """Whether the kernels of this package take these tensors.
+def refusal(pattern: S2Pattern, q: torch.Tensor, **keys_and_values: torch.Tensor) -> str | None:
+    """Why the kernels of this package do not take these tensors, None when they do.
 
     Args:
         pattern: of the heads.
         q: [tokens, num_heads, head_size].
-        keys_and_values: what TMA is to load beside q: paged caches [pages, num_kv_heads, page_slots, *],
-            or keys and values [tokens, num_kv_heads, head_size].
+        keys_and_values: what TMA is to load beside q, by the names of the call's arguments: paged caches
+            [pages, num_kv_heads, page_slots, *], or keys and values [tokens, num_kv_heads, head_size].
     """
-    return (
-        _is_hopper(q.device)
-        and pattern.block_size == BLOCK_SIZE
-        and q.shape[-1] in HEAD_SIZES
-        and q.dtype in DTYPES
-        and all(_has_rows(tensor) for tensor in (q, *keys_and_values))
-    )
+    if not _is_hopper(q.device):
+        return f"device: {q.device}, expected a GPU of compute capability 9.0"
+    if pattern.block_size != BLOCK_SIZE:
+        return f"block_size: {pattern.block_size}, expected {BLOCK_SIZE}"
+    if q.shape[-1] not in HEAD_SIZES:
+        return f"q: head size {q.shape[-1]}, expected one of {HEAD_SIZES}"
+    if q.dtype not in DTYPES:
+        return f"q: dtype {q.dtype}, expected one of {DTYPES}"
+    for name, tensor in {"q": q, **keys_and_values}.items():
+        if not _has_rows(tensor):
+            return (
+                f"{name}: shape {tuple(tensor.shape)} and strides {tensor.stride()}, expected rows as TMA "
+                "loads them: equally far apart, 16-byte aligned"
+            )
+    return None
 
 
 def _is_hopper(device: torch.device) -> bool:

@@ -15,11 +15,11 @@ from s2_kernels.hopper.schedule import (
     NO_UNIT,
     TILE_M,
     UNIT,
+    item_of_wave,
     locate_tile,
-    num_turns,
-    plan_units,
+    num_waves,
+    order_units,
     unit_at,
-    work_of_turn,
 )
 
 BLOCK_N = gl.constexpr(128)
@@ -28,19 +28,19 @@ LN_2 = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def visible_keys(
-    n, plan, residue, positions, window_starts, VERT_STRIDE: gl.constexpr, IN_HALVES: gl.constexpr
+    n, order, residue, positions, window_starts, VERT_STRIDE: gl.constexpr, HALF_START: gl.constexpr
 ):
     """[rows]: how many leading keys of unit n each query sees. Windows and units start at blocks."""
-    is_window, index = unit_at(n, plan, IN_HALVES)
+    is_window, index = unit_at(n, order, HALF_START)
     first_key = gl.where(is_window, index, index * VERT_STRIDE + residue) * UNIT
     is_seen = ((first_key >= window_starts) == is_window) & (index != NO_UNIT)
     return gl.where(is_seen, positions + 1 - first_key, 0)
 
 
 @gluon.jit
-def mask_unit(logits, n, plan, residue, positions, window_starts, VERT_STRIDE: gl.constexpr):
+def mask_unit(logits, n, order, residue, positions, window_starts, VERT_STRIDE: gl.constexpr):
     """Logits [rows, UNIT] of unit n, -inf where a query does not see a key."""
-    visible = visible_keys(n, plan, residue, positions, window_starts, VERT_STRIDE, True)
+    visible = visible_keys(n, order, residue, positions, window_starts, VERT_STRIDE, True)
     visible = gl.convert_layout(visible, gl.SliceLayout(1, logits.type.layout))
     columns = gl.arange(0, UNIT, layout=gl.SliceLayout(0, logits.type.layout))
     return gl.where(columns[None, :] < visible[:, None], logits, float("-inf"))
@@ -48,18 +48,25 @@ def mask_unit(logits, n, plan, residue, positions, window_starts, VERT_STRIDE: g
 
 @gluon.jit
 def mask_step(
-    logits, n, plan, residue, positions, window_starts, VERT_STRIDE: gl.constexpr, IN_HALVES: gl.constexpr
+    logits,
+    n,
+    order,
+    residue,
+    positions,
+    window_starts,
+    VERT_STRIDE: gl.constexpr,
+    HALF_START: gl.constexpr,
 ):
     """Logits [rows, BLOCK_N] of units n and n + 1, -inf where a query does not see a key."""
-    visible_0 = visible_keys(n, plan, residue, positions, window_starts, VERT_STRIDE, IN_HALVES)
-    visible_1 = visible_keys(n + 1, plan, residue, positions, window_starts, VERT_STRIDE, IN_HALVES)
+    visible_0 = visible_keys(n, order, residue, positions, window_starts, VERT_STRIDE, HALF_START)
+    visible_1 = visible_keys(n + 1, order, residue, positions, window_starts, VERT_STRIDE, HALF_START)
     columns = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, logits.type.layout))[None, :]
     ends = gl.where(columns < UNIT, visible_0[:, None], visible_1[:, None] + UNIT)
     return gl.where(columns < ends, logits, float("-inf"))
 
 
 @gluon.jit
-def softmax_step(logits, row_max, row_sum, scale_log2):
+def softmax_weights(logits, row_max, row_sum, scale_log2):
     """One step of the online softmax (arXiv 2205.14135, algorithm 1) in base 2.
 
     Returns (weights, decay of the output so far, row_max, row_sum). `row_max` is of unscaled logits and
@@ -75,7 +82,13 @@ def softmax_step(logits, row_max, row_sum, scale_log2):
 
 @gluon.jit
 def zero_values_past_end(
-    HALF: gl.constexpr, plan, num_tokens, pieces, stage, HEAD_SIZE: gl.constexpr, IN_HALVES: gl.constexpr
+    HALF: gl.constexpr,
+    order,
+    num_tokens,
+    pieces,
+    stage,
+    HEAD_SIZE: gl.constexpr,
+    HALF_START: gl.constexpr,
 ):
     """Zero the values of unit 0 or 1 in slots without a token, which a request's last block may have.
 
@@ -83,7 +96,7 @@ def zero_values_past_end(
     """
     PANELS: gl.constexpr = HEAD_SIZE // pieces.shape[2]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    _, block = unit_at(HALF, plan, IN_HALVES)
+    _, block = unit_at(HALF, order, HALF_START)
     if (num_tokens % UNIT != 0) & (block == (num_tokens - 1) // UNIT):
         slots = gl.arange(0, UNIT, layout=gl.SliceLayout(1, LAYOUT))
         for panel in gl.static_range(PANELS):
@@ -94,13 +107,13 @@ def zero_values_past_end(
 
 
 @gluon.jit
-def start_whole(
+def start_with_full_step(
     queries,
     tiles,
     barriers,
     step,
     num_tokens,
-    plan,
+    order,
     residue,
     positions,
     window_starts,
@@ -124,23 +137,23 @@ def start_whole(
     logits = gl.zeros([ROWS, BLOCK_N], gl.float32, LOGITS)
     logits = warpgroup_mma(queries, k_smem.index(stage).permute([1, 0]), logits, use_acc=False)
     mbarrier.arrive(k_empty.index(stage), count=1)
-    logits = mask_step(logits, 0, plan, residue, positions, window_starts, VERT_STRIDE, False)
-    weights, _, row_max, row_sum = softmax_step(logits, row_max, row_sum, scale_log2)
+    logits = mask_step(logits, 0, order, residue, positions, window_starts, VERT_STRIDE, False)
+    weights, _, row_max, row_sum = softmax_weights(logits, row_max, row_sum, scale_log2)
     mbarrier.wait(v_ready.index(stage), phase)
     # Both warpgroups do this, each before its own product: they write the same.
-    zero_values_past_end(0, plan, num_tokens, v_pieces, stage, HEAD_SIZE, False)
+    zero_values_past_end(0, order, num_tokens, v_pieces, stage, HEAD_SIZE, False)
     return gl.convert_layout(weights.to(queries.dtype), WEIGHTS), row_max, row_sum
 
 
 @gluon.jit
-def start_in_halves(
+def start_with_half_step(
     HALF: gl.constexpr,
     queries,
     tiles,
     barriers,
     step,
     num_tokens,
-    plan,
+    order,
     masked_end,
     residue,
     positions,
@@ -179,18 +192,18 @@ def start_in_halves(
     logits = warpgroup_mma(queries, k_smem.index(stage).permute([1, 0]), logits, use_acc=False, is_async=True)
     half_logits = warpgroup_mma_wait(1, deps=[half_logits])
     mbarrier.arrive(k_empty.index(half_stage), count=1)
-    half_logits = mask_unit(half_logits, HALF, plan, residue, positions, window_starts, VERT_STRIDE)
-    weights, _, row_max, row_sum = softmax_step(half_logits, row_max, row_sum, scale_log2)
+    half_logits = mask_unit(half_logits, HALF, order, residue, positions, window_starts, VERT_STRIDE)
+    weights, _, row_max, row_sum = softmax_weights(half_logits, row_max, row_sum, scale_log2)
     mbarrier.wait(v_ready.index(half_stage), half_phase)
-    zero_values_past_end(HALF, plan, num_tokens, v_pieces, half_stage, HEAD_SIZE, True)
+    zero_values_past_end(HALF, order, num_tokens, v_pieces, half_stage, HEAD_SIZE, True)
     weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
     half_values = v_smem.index(half_stage).slice(HALF * UNIT, UNIT, dim=0)
     acc = warpgroup_mma(weights, half_values, acc, use_acc=False, is_async=True)
     logits = warpgroup_mma_wait(1, deps=[logits])
     mbarrier.arrive(k_empty.index(stage), count=1)
     if masked_end > 2:
-        logits = mask_step(logits, 2, plan, residue, positions, window_starts, VERT_STRIDE, True)
-    next_weights, decay, row_max, row_sum = softmax_step(logits, row_max, row_sum, scale_log2)
+        logits = mask_step(logits, 2, order, residue, positions, window_starts, VERT_STRIDE, True)
+    next_weights, decay, row_max, row_sum = softmax_weights(logits, row_max, row_sum, scale_log2)
     mbarrier.wait(v_ready.index(stage), phase)
     acc, weights, next_weights, decay = warpgroup_mma_wait(0, deps=[acc, weights, next_weights, decay])
     mbarrier.arrive(v_empty.index(half_stage), count=1)
@@ -225,7 +238,7 @@ def consume(
     scale_log2,
     LOCAL_BLOCKS: gl.constexpr,
     VERT_STRIDE: gl.constexpr,
-    IN_HALVES: gl.constexpr,
+    HALF_START: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Attention of this warpgroup's half of every tile of this program.
@@ -234,7 +247,7 @@ def consume(
     """
     q_smem, k_smem, v_smem, _ = tiles
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = barriers
-    num_tiles, num_work, num_requests, heads_per_section = work
+    num_tiles, num_items, num_requests, heads_per_section = work
     query_start_loc, _, seq_lens = lengths
     out, out_stride_token, out_stride_head = out_rows
     ROWS: gl.constexpr = TILE_M // 2
@@ -246,9 +259,9 @@ def consume(
     queries = q_smem.index(WARPGROUP)
     step = 0
     tiles_done = 0
-    for turn in range(0, num_turns(num_work)):
+    for wave in range(0, num_waves(num_items)):
         head, request, query_start, query_len, first_row = locate_tile(
-            work_of_turn(turn, num_work), num_tiles, num_requests, heads_per_section, query_start_loc
+            item_of_wave(wave, num_items), num_tiles, num_requests, heads_per_section, query_start_loc
         )
         if first_row < query_len:
             # Rows past the last query repeat it, so that every row has keys.
@@ -259,23 +272,23 @@ def consume(
             positions = gl.minimum(context_len + rows, last_position)
             window_starts = (positions // UNIT - LOCAL_BLOCKS + 1) * UNIT
             residue = gl.load(residues + head)
-            num_units, masked_end, plan = plan_units(
-                context_len + first_row, last_position, residue, LOCAL_BLOCKS, VERT_STRIDE, IN_HALVES
+            num_units, masked_end, order = order_units(
+                context_len + first_row, last_position, residue, LOCAL_BLOCKS, VERT_STRIDE, HALF_START
             )
             acc = gl.zeros([ROWS, HEAD_SIZE], gl.float32, OUTPUT)
             row_max = gl.full([ROWS], -1e30, gl.float32, gl.SliceLayout(1, LOGITS))
             row_sum = gl.zeros([ROWS], gl.float32, gl.SliceLayout(1, LOGITS))
 
             mbarrier.wait(q_ready, tiles_done & 1)
-            if IN_HALVES:
-                acc, weights, row_max, row_sum = start_in_halves(
+            if HALF_START:
+                acc, weights, row_max, row_sum = start_with_half_step(
                     1 - WARPGROUP,
                     queries,
                     tiles,
                     barriers,
                     step,
                     num_tokens,
-                    plan,
+                    order,
                     masked_end,
                     residue,
                     positions,
@@ -290,13 +303,13 @@ def consume(
                 step += 1
                 first_unit = 4
             else:
-                weights, row_max, row_sum = start_whole(
+                weights, row_max, row_sum = start_with_full_step(
                     queries,
                     tiles,
                     barriers,
                     step,
                     num_tokens,
-                    plan,
+                    order,
                     residue,
                     positions,
                     window_starts,
@@ -323,9 +336,9 @@ def consume(
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 if n < masked_end:
                     logits = mask_step(
-                        logits, n, plan, residue, positions, window_starts, VERT_STRIDE, IN_HALVES
+                        logits, n, order, residue, positions, window_starts, VERT_STRIDE, HALF_START
                     )
-                next_weights, decay, row_max, row_sum = softmax_step(logits, row_max, row_sum, scale_log2)
+                next_weights, decay, row_max, row_sum = softmax_weights(logits, row_max, row_sum, scale_log2)
                 # Values are wanted in the next step only, but the wait for them keeps ptxas from moving the
                 # wait for the output up, before the softmax. The softmax's results are in that one's list
                 # so that LLVM does not move them down.

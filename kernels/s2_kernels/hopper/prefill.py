@@ -14,16 +14,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from s2_kernels.configs import launch_config, shape_key
-from s2_kernels.device import num_multiprocessors
 from s2_kernels.hopper.consumer import BLOCK_N, consume
 from s2_kernels.hopper.gluon_api import reinterpret
 from s2_kernels.hopper.producer import PANEL, produce
 from s2_kernels.hopper.schedule import TILE_M, UNIT
+from s2_kernels.launch.configs import launch_config, shape_key
+from s2_kernels.launch.device import num_multiprocessors
+from s2_kernels.launch.limits import LOG2_E
 from s2_kernels.layout import head_tables
-from s2_kernels.paged import UNALIGNED, PagedRequests
+from s2_kernels.paged.requests import UNALIGNED, PagedRequests
 from s2_kernels.pattern import S2Pattern
-from s2_kernels.tiles import LOG2_E, num_query_tiles
+from s2_kernels.tiles import first_tile
 
 SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 MIB = 2**20
@@ -32,7 +33,7 @@ MIB = 2**20
 @gluon.jit(
     do_not_specialize=[
         "num_tiles",
-        "num_work",
+        "num_items",
         "num_requests",
         "heads_per_section",
         "window_table_stride",
@@ -57,7 +58,7 @@ def prefill_fwd_kernel(
     lse,  # [tokens, num_heads] or None
     scale_log2,
     num_tiles,
-    num_work,
+    num_items,
     num_requests,
     heads_per_section,
     window_table_stride,
@@ -75,10 +76,10 @@ def prefill_fwd_kernel(
     LOCAL_BLOCKS: gl.constexpr,
     VERT_STRIDE: gl.constexpr,
     NUM_KEPT: gl.constexpr,
-    IN_HALVES: gl.constexpr,
+    HALF_START: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """A program works on a tile in each of its turns: `work_of_turn`, `locate_tile`."""
+    """A program works on one tile per wave: `item_of_wave`, `locate_tile`."""
     dtype: gl.constexpr = queries.dtype
     LAYOUT: gl.constexpr = queries.layout
     PIECES: gl.constexpr = STAGES * (HEAD_SIZE // PANEL) * 2
@@ -106,7 +107,7 @@ def prefill_fwd_kernel(
     fence_async_shared()
 
     # Tuples without compile-time constants: Triton 3.6 takes those out of a tuple that has a name.
-    work = (num_tiles, num_work, num_requests, heads_per_section)
+    work = (num_tiles, num_items, num_requests, heads_per_section)
     barriers = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty)
     window = (
         window_keys,
@@ -145,7 +146,7 @@ def prefill_fwd_kernel(
                     scale_log2,
                     LOCAL_BLOCKS,
                     VERT_STRIDE,
-                    IN_HALVES,
+                    HALF_START,
                     STAGES,
                 ),
             ),
@@ -164,7 +165,7 @@ def prefill_fwd_kernel(
                     scale_log2,
                     LOCAL_BLOCKS,
                     VERT_STRIDE,
-                    IN_HALVES,
+                    HALF_START,
                     STAGES,
                 ),
             ),
@@ -187,7 +188,7 @@ def prefill_fwd_kernel(
                     LOCAL_BLOCKS,
                     VERT_STRIDE,
                     NUM_KEPT,
-                    IN_HALVES,
+                    HALF_START,
                     STAGES,
                 ),
             ),
@@ -205,7 +206,7 @@ def paged_prefill_fwd(
     out: torch.Tensor,
     max_seq_len: int | None,
 ) -> None:
-    """`s2_kernels.prefill.paged_prefill` of tensors that `supports` accepts, after its checks."""
+    """`s2_kernels.paged.attend` of tensors that `refusal` has nothing against, after its checks."""
     window_cache, strided_cache, window_table, strided_table, query_start_loc, seq_lens = requests
     page_slots, columns = window_cache.shape[2:]
     window, strided = _rows(window_cache, columns), _rows(strided_cache, columns)
@@ -244,7 +245,7 @@ def contiguous_prefill_fwd(
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
-    """S2-Attention over packed keys and values, of tensors that `supports` accepts.
+    """S2-Attention over packed keys and values, of tensors that `refusal` has nothing against.
 
     Args:
         q, out: [tokens, num_heads, head_size].
@@ -290,15 +291,15 @@ def _launch(
 ) -> None:
     num_tokens, num_heads, head_size = q.shape
     num_requests = lengths[2].shape[0]
-    num_tiles = num_query_tiles(num_tokens, num_requests, TILE_M.value)
-    num_work = num_tiles * num_heads
+    num_tiles = first_tile(num_tokens, num_requests, TILE_M.value)
+    num_items = num_tiles * num_heads
     heads = head_tables(pattern, q.device)
-    config = prefill_config(head_size, q.dtype)
+    config = hopper_prefill_config(head_size, q.dtype)
     section_bytes = config.pop("section_mib") * MIB
     queries = TensorDescriptor(
         q, [num_tokens, num_heads * head_size], [q.stride(0), 1], [TILE_M.value // 2, head_size], SWIZZLED
     )
-    prefill_fwd_kernel[(min(num_work, num_multiprocessors(q.device)),)](
+    prefill_fwd_kernel[(min(num_items, num_multiprocessors(q.device)),)](
         queries,
         *keys_and_values,
         *tables,
@@ -309,7 +310,7 @@ def _launch(
         lse,
         scale * LOG2_E,
         num_tiles,
-        num_work,
+        num_items,
         num_requests,
         heads_per_section(pattern, max_seq_len, head_size, section_bytes),
         *(table.stride(0) for table in tables),
@@ -323,13 +324,13 @@ def _launch(
         LOCAL_BLOCKS=pattern.local_blocks,
         VERT_STRIDE=pattern.vert_stride,
         NUM_KEPT=pattern.num_kept,
-        IN_HALVES=max_seq_len > pattern.window_tokens,
+        HALF_START=max_seq_len > pattern.window_tokens,
         **config,
         num_warps=4,
     )
 
 
-def prefill_config(head_size: int, dtype: torch.dtype) -> dict[str, int]:
+def hopper_prefill_config(head_size: int, dtype: torch.dtype) -> dict[str, int]:
     """Stages of keys and of values in shared memory, and what a section of heads may have of strided ones.
 
     By default well within an L2 cache of 50 MB.

@@ -11,11 +11,11 @@ from s2_kernels.hopper.schedule import (
     NO_UNIT,
     TILE_M,
     UNIT,
+    item_of_wave,
     locate_tile,
-    num_turns,
-    plan_units,
+    num_waves,
+    order_units,
     unit_at,
-    work_of_turn,
 )
 
 PANEL = gl.constexpr(64)
@@ -27,7 +27,7 @@ NO_ROW = gl.constexpr(2**31 - 2**16)
 @gluon.jit
 def row_of_unit(
     n,
-    plan,
+    order,
     window,
     strided,
     residue,
@@ -35,7 +35,7 @@ def row_of_unit(
     PAGE_SLOTS: gl.constexpr,
     VERT_STRIDE: gl.constexpr,
     NUM_KEPT: gl.constexpr,
-    IN_HALVES: gl.constexpr,
+    HALF_START: gl.constexpr,
 ):
     """(whether unit n is of the window tier, row of its first token in the tier's array).
 
@@ -44,7 +44,7 @@ def row_of_unit(
     """
     window_pages, window_page_rows, window_start = window
     strided_pages, strided_page_rows, strided_start = strided
-    is_window, index = unit_at(n, plan, IN_HALVES)
+    is_window, index = unit_at(n, order, HALF_START)
     if PAGE_SLOTS == 0:
         row = window_start + gl.where(is_window, index, index * VERT_STRIDE + residue) * UNIT
     else:
@@ -108,12 +108,12 @@ def produce(
     LOCAL_BLOCKS: gl.constexpr,
     VERT_STRIDE: gl.constexpr,
     NUM_KEPT: gl.constexpr,
-    IN_HALVES: gl.constexpr,
+    HALF_START: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Load the queries and units of every tile of this program."""
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = barriers
-    num_tiles, num_work, num_requests, heads_per_section = work
+    num_tiles, num_items, num_requests, heads_per_section = work
     query_start_loc, key_start_loc, seq_lens = lengths
     residues, ranks = heads
     (window_keys, window_values, window_table, window_table_stride, window_page_rows, window_head_rows) = (
@@ -129,17 +129,17 @@ def produce(
     ) = strided
     num_filled = 0
     tiles_done = 0
-    for turn in range(0, num_turns(num_work)):
+    for wave in range(0, num_waves(num_items)):
         head, request, query_start, query_len, first_row = locate_tile(
-            work_of_turn(turn, num_work), num_tiles, num_requests, heads_per_section, query_start_loc
+            item_of_wave(wave, num_items), num_tiles, num_requests, heads_per_section, query_start_loc
         )
         if first_row < query_len:
             context_len = gl.load(seq_lens + request) - query_len
             last_position = context_len + gl.minimum(first_row + TILE_M, query_len) - 1
             residue = gl.load(residues + head)
             rank = gl.load(ranks + head)
-            num_units, _, plan = plan_units(
-                context_len + first_row, last_position, residue, LOCAL_BLOCKS, VERT_STRIDE, IN_HALVES
+            num_units, _, order = order_units(
+                context_len + first_row, last_position, residue, LOCAL_BLOCKS, VERT_STRIDE, HALF_START
             )
             kv_head = head // GROUP_SIZE
             window_pages = window_table + request.to(gl.int64) * window_table_stride
@@ -172,7 +172,7 @@ def produce(
                 if n < num_units:
                     unit_0 = row_of_unit(
                         n,
-                        plan,
+                        order,
                         window_rows,
                         strided_rows,
                         residue,
@@ -180,11 +180,11 @@ def produce(
                         PAGE_SLOTS,
                         VERT_STRIDE,
                         NUM_KEPT,
-                        IN_HALVES,
+                        HALF_START,
                     )
                     unit_1 = row_of_unit(
                         n + 1,
-                        plan,
+                        order,
                         window_rows,
                         strided_rows,
                         residue,
@@ -192,7 +192,7 @@ def produce(
                         PAGE_SLOTS,
                         VERT_STRIDE,
                         NUM_KEPT,
-                        IN_HALVES,
+                        HALF_START,
                     )
                     fill_stage(
                         num_filled + n // 2,

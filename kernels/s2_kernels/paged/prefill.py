@@ -11,31 +11,21 @@ import torch
 import triton
 import triton.language as tl
 
-from s2_kernels import hopper
-from s2_kernels.configs import launch_config, shape_key
+from s2_kernels.launch.configs import launch_config, shape_key
+from s2_kernels.launch.limits import LOG2_E, MIN_DOT_SIZE, padded_head_size
 from s2_kernels.layout import head_tables
-from s2_kernels.paged import UNALIGNED, PagedRequests
+from s2_kernels.paged.requests import UNALIGNED, PagedRequests
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.tiles import (
-    LOG2_E,
-    MIN_DOT_SIZE,
-    check_paged_arguments,
+    first_tile,
     load_kv,
     load_kv_where,
     load_tile_where,
-    num_query_tiles,
     query_key,
     softmax_step,
 )
 
-
-@triton.jit
-def tile_start(query_start, request, BLOCK_M: tl.constexpr):
-    """The first tile of a request, or of the one past the last: the number of tiles.
-
-    Each has at least ceil(queries / BLOCK_M), so that the grid depends on shapes only; a lone one no more.
-    """
-    return (query_start + request * (BLOCK_M - 1)) // BLOCK_M
+first_tile_of = triton.jit(first_tile)
 
 
 @triton.jit
@@ -45,7 +35,7 @@ def request_of_tile(query_start_loc, tile, num_requests, BLOCK_M: tl.constexpr):
     high = low + num_requests
     while high - low > 1:
         middle = (low + high) // 2
-        starts_before = tile_start(tl.load(query_start_loc + middle), middle, BLOCK_M) <= tile
+        starts_before = first_tile_of(tl.load(query_start_loc + middle), middle, BLOCK_M) <= tile
         low = tl.where(starts_before, middle, low)
         high = tl.where(starts_before, high, middle)
     return low
@@ -109,7 +99,7 @@ def paged_prefill_fwd_kernel(
     request = request_of_tile(query_start_loc, tile, num_requests, BLOCK_M)
     query_start = tl.load(query_start_loc + request)
     query_len = tl.load(query_start_loc + request + 1) - query_start
-    first_row = (tile - tile_start(query_start, request, BLOCK_M)) * BLOCK_M
+    first_row = (tile - first_tile_of(query_start, request, BLOCK_M)) * BLOCK_M
     if first_row >= query_len:
         return
 
@@ -260,39 +250,14 @@ def paged_prefill(
     pattern: S2Pattern,
     scale: float,
     out: torch.Tensor,
-    *,
-    max_seq_len: int | None = None,
 ) -> None:
-    """S2-Attention of a batch of requests with any number of queries each.
-
-    Nothing outside a query's set is read, neither a page nor what the block table says about it.
-
-    Args:
-        q: [tokens, num_heads, head_size], any strides but a contiguous last dimension.
-        requests: whose queries these are.
-        pattern: the pattern of these heads.
-        scale: factor on the logits, positive.
-        out: as q; rows of tokens that belong to no request are left as they are.
-        max_seq_len: the longest sequence, or a bound, where the host knows one. It decides the order of the
-            work, and the faster of two kernels, never the result.
-
-    Raises:
-        ValueError: an argument has a wrong shape, dtype or value; the message names it.
-    """
-    layout = check_paged_arguments(q, requests, pattern, scale, out)
+    """`s2_kernels.paged.attend` of a batch of requests with any number of queries each, after its checks."""
     num_tokens, num_heads, head_size = q.shape
     num_requests = len(requests.seq_lens)
-    if num_tokens == 0 or num_requests == 0:
-        return
-    if hopper.supports(pattern, q, requests.window_cache, requests.strided_cache):
-        from s2_kernels.hopper.prefill import paged_prefill_fwd
-
-        paged_prefill_fwd(q, requests, pattern, scale, out, max_seq_len)
-        return
-    head_padded = max(MIN_DOT_SIZE, triton.next_power_of_2(head_size))
+    head_padded = padded_head_size(head_size)
     config = prefill_config(head_padded, pattern.block_size, q.dtype)
     tables = head_tables(pattern, q.device)
-    num_tiles = num_query_tiles(num_tokens, num_requests, config["BLOCK_M"])
+    num_tiles = first_tile(num_tokens, num_requests, config["BLOCK_M"])
     paged_prefill_fwd_kernel[(num_heads, num_tiles)](
         q,
         *requests,
@@ -310,7 +275,7 @@ def paged_prefill(
         GROUP_SIZE=pattern.group_size,
         HEAD_SIZE=head_size,
         HEAD_PADDED=head_padded,
-        PAGE_SLOTS=layout.page_slots,
+        PAGE_SLOTS=requests.window_cache.shape[2],
         BLOCK_SIZE=pattern.block_size,
         LOCAL_BLOCKS=pattern.local_blocks,
         VERT_STRIDE=pattern.vert_stride,

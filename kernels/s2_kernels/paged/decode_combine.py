@@ -1,4 +1,4 @@
-"""The second step of decode: one result of what several programs found for the keys of a KV head."""
+"""The second step of decode: combine the partial results of a KV head whose keys are in several splits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from s2_kernels.decode_schedule import num_shares, places_per_head, request_ends, share_of_place
+from s2_kernels.paged.decode_schedule import items_per_head, num_splits, request_ends, split_of_item
 from s2_kernels.tiles import load_tile_where
 
 MIN_CHUNK, MAX_CHUNK = 16, 64
@@ -39,7 +39,7 @@ def paged_decode_combine_kernel(
     CHUNK: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """Program (n, h): what several programs found for request n's query head h, by their softmax weights."""
+    """Program (n, h): the partial results for request n's query head h, weighted by their softmax sums."""
     ends = request_ends(
         query_start_loc,
         seq_lens,
@@ -64,13 +64,13 @@ def paged_decode_combine_kernel(
     if not has_query:
         return
 
-    line_length = tl.max(ends, 0)
-    shares = num_shares(line_length, num_programs)
-    head_places = places_per_head(seq_len, BLOCK_SIZE, LOCAL_BLOCKS, VERT_STRIDE, NUM_KEPT, BLOCK_N)
+    num_items = tl.max(ends, 0)
+    splits = num_splits(num_items, num_programs)
+    head_items = items_per_head(seq_len, BLOCK_SIZE, LOCAL_BLOCKS, VERT_STRIDE, NUM_KEPT, BLOCK_N)
     request_start = tl.max(tl.where(tl.arange(0, REQUESTS_PADDED) < request, ends, 0), 0)
-    place = request_start + head // GROUP_SIZE * head_places
-    first = share_of_place(place, line_length, shares)
-    last = share_of_place(place + head_places - 1, line_length, shares)
+    item = request_start + head // GROUP_SIZE * head_items
+    first = split_of_item(item, num_items, splits)
+    last = split_of_item(item + head_items - 1, num_items, splits)
     if first == last:
         return
 
@@ -94,10 +94,15 @@ def paged_decode_combine_kernel(
     tl.store(out_row + dims, (acc / total_weight).to(out.dtype.element_ty), mask=dims < HEAD_SIZE)
 
 
-def chunk_size(num_programs: int, num_parts: int) -> int:
-    """Partial results to read at once, a power of two: all of a KV head's if all parts are of one length."""
-    programs_per_part = triton.cdiv(num_programs, num_parts) + 1
-    return min(MAX_CHUNK, max(MIN_CHUNK, triton.next_power_of_2(programs_per_part)))
+def chunk_size(num_programs: int, num_heads: int) -> int:
+    """Partial results to read at once, a power of two: all of a KV head's where contexts are equally long.
+
+    Args:
+        num_programs: programs that share the batch.
+        num_heads: KV heads of all requests together.
+    """
+    programs_per_head = triton.cdiv(num_programs, num_heads) + 1
+    return min(MAX_CHUNK, max(MIN_CHUNK, triton.next_power_of_2(programs_per_head)))
 
 
 def combine_partial_results(
@@ -106,19 +111,19 @@ def combine_partial_results(
     out: torch.Tensor,
     query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor,
-    num_parts: int,
+    num_heads: int,
     schedule: dict[str, int],
 ) -> None:
     """Fill the rows of `out` that the first kernel has left to this one.
 
     Args:
         partial, lse, out, query_start_loc, seq_lens: as the kernel documents them.
-        num_parts: KV heads of all requests.
+        num_heads: KV heads of all requests together.
         schedule: compile-time constants of the first kernel, which must be the same here.
     """
     num_programs = partial.shape[0]
     num_requests = seq_lens.shape[0]
-    chunk = chunk_size(num_programs, num_parts)
+    chunk = chunk_size(num_programs, num_heads)
     paged_decode_combine_kernel[(num_requests, out.shape[1])](
         partial,
         lse,

@@ -16,21 +16,12 @@ import torch
 import triton
 import triton.language as tl
 
-from s2_kernels.configs import launch_config, shape_key
-from s2_kernels.cuda_graphs import hold_for_graph
-from s2_kernels.layout import MAX_HEAD_SIZE
+from s2_kernels.contiguous.sequences import Span
+from s2_kernels.launch.configs import launch_config, shape_key
+from s2_kernels.launch.cuda_graphs import hold_for_graph
+from s2_kernels.launch.limits import LOG2_E, MIN_DOT_SIZE, padded_head_size
 from s2_kernels.masks import BlockMask
-from s2_kernels.sequences import Span
-from s2_kernels.tiles import (
-    DTYPES,
-    LOG2_E,
-    MIN_DOT_SIZE,
-    check_contiguous_last_dim,
-    load_tile,
-    load_tile_where,
-    query_key,
-    softmax_step,
-)
+from s2_kernels.tiles import load_tile, load_tile_where, query_key, softmax_step
 
 TILE_FIELDS = 6
 
@@ -265,8 +256,6 @@ def block_sparse_fwd(
 ) -> None:
     """Block-sparse attention of the sequences at `spans`, in place.
 
-    `s2_kernels.attention.attend` checks what is said here about shapes, and calls this.
-
     Args:
         q: [batch, queries, num_heads, head_size], any strides but a contiguous last dimension.
         k, v: [batch, keys, num_kv_heads, head_size], likewise.
@@ -275,20 +264,9 @@ def block_sparse_fwd(
         scale: factor on the logits, positive.
         out: as q.
         lse: float32 [batch, num_heads, queries], contiguous, or None: natural log-sum-exp of scaled logits.
-
-    Raises:
-        ValueError: a head size, dtype, block size or stride that the kernel does not take.
     """
     head_size = q.shape[3]
-    if not 1 <= head_size <= MAX_HEAD_SIZE:
-        raise ValueError(f"q: head size {head_size}, expected 1 to {MAX_HEAD_SIZE}")
-    if q.dtype not in DTYPES:
-        raise ValueError(f"q: dtype {q.dtype}, expected one of {DTYPES}")
-    if mask.block_size < MIN_DOT_SIZE:
-        raise ValueError(f"mask.block_size: {mask.block_size}, expected at least {MIN_DOT_SIZE}")
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
-        check_contiguous_last_dim(name, tensor)
-    head_padded = max(MIN_DOT_SIZE, triton.next_power_of_2(head_size))
+    head_padded = padded_head_size(head_size)
     max_queries = max((span.num_queries for span in spans), default=0)
     config = block_sparse_config(head_padded, q.dtype, max_queries)
     tiles = tile_table(spans, config["BLOCK_M"], q.device)

@@ -6,10 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from s2_kernels.configs import launch_config, shape_key
-from s2_kernels.layout import head_tables
+from s2_kernels.launch.configs import launch_config, shape_key
+from s2_kernels.layout import TierLayout, head_tables
 from s2_kernels.pattern import S2Pattern
-from s2_kernels.tiles import check_caches, check_contiguous_last_dim
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -90,45 +89,9 @@ def write_cache(
     strided_slots: torch.Tensor,
     pattern: S2Pattern,
 ) -> None:
-    """Store new tokens in both tiers, in place: every head in the window tier, kept ones in the strided.
-
-    Args:
-        key, value: [tokens, num_kv_heads, head_size], any strides but a contiguous last dimension. May
-            have more tokens than the slots (a padded batch), or fewer: the surplus of either is ignored.
-        window_cache, strided_cache: [pages, num_kv_heads, page_slots, 2 * head_size], likewise.
-        window_slots: int64 [tokens], page * page_slots + slot.
-        strided_slots: int64 [tokens], page * strided_page_tokens + position mod strided_page_tokens.
-            A token with -1 in either is padding and skipped.
-        pattern: the pattern of these heads.
-
-    Raises:
-        ValueError: an argument has a wrong shape or dtype; the message names it.
-    """
-    if key.dim() != 3 or key.shape[1] != pattern.num_kv_heads:
-        raise ValueError(
-            f"key: shape {tuple(key.shape)}, expected [tokens, {pattern.num_kv_heads}, head_size]"
-        )
-    if value.shape != key.shape or value.dtype != key.dtype:
-        raise ValueError(
-            f"value: {value.dtype} {tuple(value.shape)}, expected {key.dtype} {tuple(key.shape)} as key"
-        )
-    if window_slots.dim() != 1 or strided_slots.shape != window_slots.shape:
-        raise ValueError(
-            f"strided_slots: shape {tuple(strided_slots.shape)}, expected one dimension, and the shape "
-            f"of window_slots, {tuple(window_slots.shape)}"
-        )
-    for name, tensor in (
-        ("key", key),
-        ("value", value),
-        ("window_slots", window_slots),
-        ("strided_slots", strided_slots),
-    ):
-        check_contiguous_last_dim(name, tensor)
-    head_size = key.shape[2]
-    layout = check_caches(window_cache, strided_cache, pattern, head_size, key.dtype)
-    tokens = min(key.shape[0], window_slots.shape[0])
-    if tokens == 0:
-        return
+    """`s2_kernels.paged.write` of as many tokens as slots, after its checks."""
+    tokens, _, head_size = key.shape
+    layout = TierLayout(pattern, window_cache.shape[2])
     head_padded = triton.next_power_of_2(head_size)
     config = cache_write_config(head_padded, key.dtype)
     cache_write_kernel[(triton.cdiv(tokens * pattern.num_kv_heads, config["ROWS"]),)](

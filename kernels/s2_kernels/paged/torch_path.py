@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from s2_kernels.layout import TierLayout, head_tables
-from s2_kernels.paged import PagedRequests
+from s2_kernels.paged.requests import PagedRequests
 from s2_kernels.pattern import S2Pattern
 
 _GATHER_BYTES = 4 << 20

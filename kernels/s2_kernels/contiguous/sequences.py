@@ -63,3 +63,8 @@ def packed_spans(
                 f"keys ({span.num_keys})"
             )
     return spans
+
+
+def longest(spans: tuple[Span, ...]) -> int:
+    """Tokens of the longest sequence, 0 without any."""
+    return max((span.num_keys for span in spans), default=0)

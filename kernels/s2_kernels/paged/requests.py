@@ -34,3 +34,21 @@ class PagedRequests(NamedTuple):
     strided_table: torch.Tensor
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
+
+    def first(self, count: int) -> PagedRequests:
+        """The first `count` of these requests."""
+        return self._replace(
+            window_table=self.window_table[:count],
+            strided_table=self.strided_table[:count],
+            query_start_loc=self.query_start_loc[: count + 1],
+            seq_lens=self.seq_lens[:count],
+        )
+
+    def after(self, count: int, query_start_loc: torch.Tensor) -> PagedRequests:
+        """The requests after the first `count`, whose queries start at `query_start_loc`."""
+        return self._replace(
+            window_table=self.window_table[count:],
+            strided_table=self.strided_table[count:],
+            query_start_loc=query_start_loc,
+            seq_lens=self.seq_lens[count:],
+        )

@@ -1,8 +1,9 @@
 """S2-Attention of one query per request on the two-tier paged KV cache: decode.
 
 Memory-bound, so a program loads each key once for all query heads of its KV head. A fixed number of programs
-share the keys of the whole batch evenly (see `decode_schedule`): a KV head whose keys all fall to one program
-is done by it; what several programs found of one is combined by log-sum-exp in a second kernel.
+share the keys of the whole batch evenly (split-K, see `decode_schedule`). A KV head whose keys are all in one
+split is finished by its program; partial results of several splits are combined by log-sum-exp in a second
+kernel.
 """
 
 from __future__ import annotations
@@ -12,29 +13,22 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from s2_kernels.configs import launch_config, shape_key
-from s2_kernels.decode_combine import combine_partial_results
-from s2_kernels.decode_schedule import (
-    num_old_blocks,
-    num_shares,
-    num_window_tiles,
-    places_per_head,
-    request_ends,
-    share_start,
-)
-from s2_kernels.device import num_multiprocessors, nvidia_capability
+from s2_kernels.launch.configs import launch_config, shape_key
+from s2_kernels.launch.device import num_multiprocessors, nvidia_capability
+from s2_kernels.launch.limits import LOG2_E, MIN_DOT_SIZE, padded_head_size
 from s2_kernels.layout import head_tables
-from s2_kernels.paged import PagedRequests
-from s2_kernels.pattern import S2Pattern
-from s2_kernels.tiles import (
-    LOG2_E,
-    MIN_DOT_SIZE,
-    check_paged_arguments,
-    load_tile_where,
-    query_key,
-    softmax_step,
-    token_rows,
+from s2_kernels.paged.decode_combine import combine_partial_results
+from s2_kernels.paged.decode_schedule import (
+    items_per_head,
+    num_old_blocks,
+    num_splits,
+    num_window_tiles,
+    request_ends,
+    split_start,
 )
+from s2_kernels.paged.requests import PagedRequests
+from s2_kernels.pattern import S2Pattern
+from s2_kernels.tiles import load_tile_where, query_key, softmax_step, token_rows
 
 MIN_REQUESTS_PADDED = 128
 """Batches up to this size share a compiled kernel."""
@@ -180,7 +174,7 @@ def paged_decode_fwd_kernel(
     BLOCK_N: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """Program i: share i of the batch's tiles, one KV head after the other, all its query heads at once."""
+    """Program i: split i of the batch's work items, for all query heads of a KV head at once."""
     if USE_PDL:
         gdc_launch_dependents()
     ends = request_ends(
@@ -195,27 +189,27 @@ def paged_decode_fwd_kernel(
         NUM_KEPT,
         BLOCK_N,
     )
-    line_length = tl.max(ends, 0)
-    shares = num_shares(line_length, tl.num_programs(0))
+    num_items = tl.max(ends, 0)
+    splits = num_splits(num_items, tl.num_programs(0))
     program = tl.program_id(0)
-    if program >= shares:
+    if program >= splits:
         return
 
     rows = tl.arange(0, BLOCK_M)
     is_row = rows < GROUP_SIZE
     dims = tl.arange(0, HEAD_PADDED)[None, :]
     is_element = is_row[:, None] & (dims < HEAD_SIZE)
-    place = share_start(program, line_length, shares)
-    end = share_start(program + 1, line_length, shares)
-    while place < end:
-        request = tl.sum((ends <= place).to(tl.int32), 0)
-        request_start = tl.max(tl.where(ends <= place, ends, 0), 0)
+    item = split_start(program, num_items, splits)
+    end = split_start(program + 1, num_items, splits)
+    while item < end:
+        request = tl.sum((ends <= item).to(tl.int32), 0)
+        request_start = tl.max(tl.where(ends <= item, ends, 0), 0)
         token = tl.load(query_start_loc + request).to(tl.int64)
         seq_len = tl.load(seq_lens + request)
-        head_places = places_per_head(seq_len, BLOCK_SIZE, LOCAL_BLOCKS, VERT_STRIDE, NUM_KEPT, BLOCK_N)
-        kv_head = (place - request_start) // head_places
-        first = (place - request_start) % head_places
-        stop = tl.minimum(head_places, first + end - place)
+        head_items = items_per_head(seq_len, BLOCK_SIZE, LOCAL_BLOCKS, VERT_STRIDE, NUM_KEPT, BLOCK_N)
+        kv_head = (item - request_start) // head_items
+        first = (item - request_start) % head_items
+        stop = tl.minimum(head_items, first + end - item)
 
         heads = kv_head * GROUP_SIZE + rows
         q_rows = q + token * q_stride_token + heads.to(tl.int64) * q_stride_head
@@ -251,7 +245,7 @@ def paged_decode_fwd_kernel(
         has_keys = row_sum > 0
         row_sum = tl.where(has_keys, row_sum, 1.0)
         result = acc / row_sum[:, None]
-        if (first == 0) & (stop == head_places):
+        if (first == 0) & (stop == head_items):
             out_rows = out + token * out_stride_token + heads.to(tl.int64) * out_stride_head
             tl.store(out_rows[:, None] + dims, result.to(out.dtype.element_ty), mask=is_element)
         else:
@@ -259,7 +253,7 @@ def paged_decode_fwd_kernel(
             tl.store(partial + partial_rows[:, None] * HEAD_SIZE + dims, result, mask=is_element)
             row_lse = tl.where(has_keys, row_max + tl.log2(row_sum), float("-inf"))
             tl.store(lse + partial_rows, row_lse, mask=is_row)
-        place += stop - first
+        item += stop - first
 
 
 def decode_config(head_padded: int, block_size: int, num_kept: int, dtype: torch.dtype) -> dict[str, int]:
@@ -286,31 +280,20 @@ def paged_decode(
     out: torch.Tensor,
     num_programs: int | None = None,
 ) -> None:
-    """S2-Attention of a batch of requests with one query each, or none.
-
-    Nothing outside a query's set is read, neither a page nor what the block table says about it. The launch
-    depends on shapes only, so that it can be captured in a CUDA graph, once a first call has put the
-    pattern's tables on the device.
+    """`s2_kernels.paged.attend` of a batch of requests with one query each, or none, after its checks.
 
     Args:
-        q: [tokens, num_heads, head_size], any strides but a contiguous last dimension.
-        requests: whose queries these are, one each, or none of a padding request.
-        pattern: the pattern of these heads.
-        scale: factor on the logits, positive.
-        out: as q; rows of tokens that belong to no request are left as they are.
         num_programs: programs that share the keys of the batch; by default enough to fill the device.
+        others: as in `attend`.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype or value; the message names it.
+        ValueError: `num_programs` is not positive.
     """
-    layout = check_paged_arguments(q, requests, pattern, scale, out)
     if num_programs is not None and num_programs < 1:
         raise ValueError(f"num_programs: {num_programs}, expected a positive integer")
     head_size = q.shape[2]
     num_requests = len(requests.seq_lens)
-    if q.shape[0] == 0 or num_requests == 0:
-        return
-    head_padded = max(MIN_DOT_SIZE, triton.next_power_of_2(head_size))
+    head_padded = padded_head_size(head_size)
     config = decode_config(head_padded, pattern.block_size, pattern.num_kept, q.dtype)
     programs_per_processor = config.pop("programs_per_processor")
     if num_programs is None:
@@ -348,7 +331,7 @@ def paged_decode(
         requests.window_table.stride(0),
         requests.strided_table.stride(0),
         *out.stride()[:2],
-        PAGE_SLOTS=layout.page_slots,
+        PAGE_SLOTS=requests.window_cache.shape[2],
         KEPT_PADDED=triton.next_power_of_2(pattern.num_kept),
         BLOCK_M=max(MIN_DOT_SIZE, triton.next_power_of_2(pattern.group_size)),
         **schedule,

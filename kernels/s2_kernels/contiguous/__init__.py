@@ -1,0 +1,1 @@
+"""Attention over contiguous keys and values: what the public library runs."""

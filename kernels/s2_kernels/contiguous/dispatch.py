@@ -1,0 +1,168 @@
+"""Attention over contiguous keys and values: the one place that chooses between PyTorch, Triton and Hopper.
+
+Implementations are imported when a call first needs them: a process without a GPU needs no Triton.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+
+import torch
+
+from s2_kernels import hopper
+from s2_kernels.contiguous.sequences import Span, longest
+from s2_kernels.launch import limits
+from s2_kernels.launch.choice import Impl, choose
+from s2_kernels.launch.cuda_graphs import hold_for_graph
+from s2_kernels.masks import BlockMask, pattern_block_mask
+from s2_kernels.pattern import S2Pattern
+
+
+def run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: S2Pattern | BlockMask,
+    spans: tuple[Span, ...],
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    impl: Impl | None,
+) -> None:
+    """Attention of the sequences at `spans`, written to `out` and `lse`.
+
+    Args:
+        others: as `s2_kernels.attention.attend` documents and checks them.
+        lse: float32 [batch, num_heads, queries], contiguous, or None.
+
+    Raises:
+        ValueError: `impl` does not take the call, or on a GPU no kernel does; the message names the fact.
+    """
+    chosen = choose(
+        impl,
+        q.device,
+        {
+            "reference": lambda: None,
+            "torch": lambda: None,
+            "triton": partial(
+                limits.refusal, q.device, q.dtype, q.shape[3], pattern.block_size, q=q, k=k, v=v, out=out
+            ),
+            "hopper": partial(_hopper_refusal, q, k, v, pattern, spans, out),
+        },
+    )
+    if chosen == "hopper":
+        assert isinstance(pattern, S2Pattern)
+        _attend_on_hopper(q, k, v, pattern, spans, scale, out, lse)
+        return
+    if chosen == "reference":
+        _attend_by_reference(q, k, v, pattern, spans, scale, out, lse)
+        return
+    mask = pattern if isinstance(pattern, BlockMask) else pattern_block_mask(pattern, longest(spans))
+    if chosen == "torch":
+        from s2_kernels.contiguous.torch_path import block_sparse_fwd as torch_block_sparse_fwd
+
+        torch_block_sparse_fwd(q, k, v, mask, spans, scale, out, lse)
+    else:
+        from s2_kernels.contiguous.block_sparse import block_sparse_fwd
+
+        block_sparse_fwd(q, k, v, mask, spans, scale, out, lse)
+
+
+def _attend_by_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: S2Pattern | BlockMask,
+    spans: tuple[Span, ...],
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    from s2_kernels.reference import block_token_mask, masked_attention, masked_log_sum_exp
+
+    for span in spans:
+        size = -(-span.num_keys // pattern.block_size)
+        blocks = pattern.block_mask(size) if isinstance(pattern, S2Pattern) else pattern.to_dense(size)
+        positions = torch.arange(span.num_keys - span.num_queries, span.num_keys, device=q.device)
+        mask = block_token_mask(blocks.to(q.device), pattern.block_size, positions, span.num_keys)
+        mask = mask.repeat_interleave(q.shape[2] // mask.shape[0], dim=0)
+        rows = slice(span.query_start, span.query_start + span.num_queries)
+        keys = slice(span.key_start, span.key_start + span.num_keys)
+        tensors = (q[span.batch, rows], k[span.batch, keys], v[span.batch, keys])
+        out[span.batch, rows] = masked_attention(*tensors, mask, scale)
+        if lse is not None:
+            lse[span.batch, :, rows] = masked_log_sum_exp(*tensors[:2], mask, scale)
+
+
+def _hopper_refusal(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: S2Pattern | BlockMask,
+    spans: tuple[Span, ...],
+    out: torch.Tensor,
+) -> str | None:
+    """Why the Hopper kernel does not take a call: it wants sequences without gaps, and rows of tokens."""
+    if isinstance(pattern, BlockMask):
+        return "pattern: a block mask, expected an S2Pattern"
+    if q.numel() == 0:
+        return f"q: shape {tuple(q.shape)}, expected at least one query"
+    ends = [span.batch * q.shape[1] + span.query_start + span.num_queries for span in spans]
+    starts = [end - span.num_queries for end, span in zip(ends, spans, strict=True)]
+    if [*starts, q.shape[0] * q.shape[1]] != [0, *ends]:
+        return "q: tokens between its sequences, expected one sequence right after the other"
+    if not limits.has_contiguous_last_dim(out):
+        return f"out: strides {out.stride()}, expected a contiguous last dimension"
+    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
+        if tensor.shape[0] != 1 and tensor.stride(0) != tensor.shape[1] * tensor.stride(1):
+            return f"{name}: strides {tensor.stride()}, expected no gap between the sequences of a batch"
+    return hopper.refusal(pattern, q[0], k=k[0], v=v[0])
+
+
+def _attend_on_hopper(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: S2Pattern,
+    spans: tuple[Span, ...],
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    from s2_kernels.hopper.prefill import contiguous_prefill_fwd
+
+    query_start_loc, key_start_loc, seq_lens = _packed_lengths(spans, q.shape[1], k.shape[1], q.device)
+    hold_for_graph(query_start_loc, key_start_loc, seq_lens)
+    row_lse = None if lse is None else lse.new_empty(q.shape[0] * q.shape[1], q.shape[2])
+    contiguous_prefill_fwd(
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
+        query_start_loc,
+        key_start_loc,
+        seq_lens,
+        pattern,
+        scale,
+        out.flatten(0, 1),
+        row_lse,
+    )
+    if lse is not None and row_lse is not None:
+        lse.copy_(row_lse.unflatten(0, q.shape[:2]).transpose(1, 2))
+
+
+@lru_cache(maxsize=64)
+def _packed_lengths(
+    spans: tuple[Span, ...], num_queries: int, num_keys: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(query_start_loc, key_start_loc, seq_lens) of the sequences in flattened tensors."""
+    query_starts = [span.batch * num_queries + span.query_start for span in spans]
+    key_starts = [span.batch * num_keys + span.key_start for span in spans]
+    columns = (
+        [*query_starts, query_starts[-1] + spans[-1].num_queries],
+        [*key_starts, key_starts[-1] + spans[-1].num_keys],
+        [span.num_keys for span in spans],
+    )
+    query_start_loc, key_start_loc, seq_lens = (
+        torch.tensor(column, dtype=torch.int32, device=device) for column in columns
+    )
+    return query_start_loc, key_start_loc, seq_lens

@@ -1,0 +1,6 @@
+"""The served path: storing new tokens in the two paged tiers of a KV cache, and attending to them there."""
+
+from s2_kernels.paged.dispatch import attend, write
+from s2_kernels.paged.requests import PagedRequests
+
+__all__ = ["PagedRequests", "attend", "write"]
