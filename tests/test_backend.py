@@ -1,0 +1,143 @@
+"""The attention backend on a mixed batch, as an engine's step hands it over: with the GPU's kernels, under
+Triton's interpreter where there is no GPU, and with those of the CPU.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.forward_context import ForwardContext, override_forward_context
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from s2_kernels.launch.choice import Impl
+from s2_kernels.pattern import S2Pattern
+from s2_vllm.backend import S2AttentionImpl, S2Metadata, S2MetadataBuilder
+from tests.paged import DEVICE, TOLERANCES, Geometry, PagedBatch, build_batch
+
+STRIDED = "model.layers.3.self_attn.attn.strided"
+PATTERNS = {
+    "kv": S2Pattern.build(2, 2, block_size=16, local_blocks=2, vert_stride=4),
+    "query": S2Pattern.build(
+        4, 2, block_size=16, local_blocks=2, vert_stride=4, head_sliding_offset=1, pattern_heads="query"
+    ),
+}
+# (context, queries) of each request, decodes first, as vLLM orders them.
+BATCHES = {
+    "mixed": [(70, 1), (200, 1), (0, 1), (0, 33), (150, 20)],
+    "decodes": [(70, 1), (200, 1), (15, 1)],
+    "prefills": [(0, 40), (90, 3)],
+    "padded-decodes": [(70, 1), (200, 1), (40, 0), (0, 0)],
+}
+# The other layers of the KV cache entry that the layer shares, and where its own heads are.
+OTHER_HEADS = 4
+
+
+def metadata(batch: PagedBatch, block_table: torch.Tensor, slot_mapping: torch.Tensor) -> S2Metadata:
+    """What the builder makes of vLLM's metadata of the batch, whose tokens are counted with their padding."""
+    requests = batch.requests
+    starts = torch.tensor(batch.query_start_loc, dtype=torch.int32)
+    common = CommonAttentionMetadata(
+        query_start_loc=requests.query_start_loc,
+        query_start_loc_cpu=starts,
+        seq_lens=requests.seq_lens,
+        num_reqs=len(batch.seq_lens),
+        num_actual_tokens=len(batch.q),
+        max_query_len=int(starts.diff().max()),
+        max_seq_len=max(batch.seq_lens),
+        block_table_tensor=block_table,
+        slot_mapping=slot_mapping,
+    )
+    builder = S2MetadataBuilder(None, [], None, torch.device(DEVICE))
+    return builder.build(0, common)
+
+
+def run_layer(batch: PagedBatch, impl: Impl | None, out: torch.Tensor) -> None:
+    """One forward of a layer whose caches have the context of every request, and the new tokens still not.
+
+    The layer's heads are the last ones of the entry's pages; the other layers' are NaN.
+    """
+    pattern, head_size = batch.pattern, batch.q.shape[2]
+    entry = batch.strided_cache.new_full(
+        (len(batch.strided_cache), OTHER_HEADS + pattern.num_kv_heads, *batch.strided_cache.shape[2:]),
+        torch.nan,
+    )
+    own = entry[:, OTHER_HEADS:]
+    own.copy_(batch.strided_cache)
+    attention = S2AttentionImpl(
+        pattern.num_heads,
+        head_size,
+        batch.scale,
+        pattern.num_kv_heads,
+        None,
+        None,
+        "auto",
+        pattern=pattern,
+        strided_name=STRIDED,
+        first_kv_head=OTHER_HEADS,
+        impl=impl,
+    )
+    requests = batch.requests
+    window = metadata(batch, requests.window_table, batch.window_slots)
+    strided = metadata(batch, requests.strided_table, batch.strided_slots)
+    context = ForwardContext(
+        no_compile_layers={STRIDED: SimpleNamespace(kv_cache=entry)},
+        attn_metadata={STRIDED: strided},
+        slot_mapping={STRIDED: batch.strided_slots},
+    )
+    with override_forward_context(context):
+        result = attention.forward(
+            SimpleNamespace(), batch.q, batch.key, batch.value, batch.window_cache, window, out
+        )
+    assert result is out
+    assert entry[:, :OTHER_HEADS].isnan().all(), "another layer's heads were written"
+
+
+def forget_new_tokens(batch: PagedBatch) -> None:
+    """Make NaN of what the caches hold of the new tokens: the layer is to write them."""
+    slots = batch.window_slots[batch.window_slots >= 0]
+    page_slots = batch.window_cache.shape[2]
+    batch.window_cache[slots // page_slots, :, slots % page_slots] = torch.nan
+
+
+@pytest.mark.parametrize("padding_tokens", [0, 5], ids=["exact", "padded"])
+@pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
+@pytest.mark.parametrize("requests", BATCHES)
+@pytest.mark.parametrize("name", PATTERNS)
+def test_step(name: str, requests: str, impl: Impl, padding_tokens: int) -> None:
+    batch = build_batch(
+        Geometry(PATTERNS[name]), BATCHES[requests], pool="token-major", padding_tokens=padding_tokens
+    )
+    forget_new_tokens(batch)
+    out = batch.poisoned_output()
+    run_layer(batch, impl, out)
+    batch.check(out)
+
+
+def test_without_metadata_the_output_is_zero() -> None:
+    """As when vLLM measures memory."""
+    batch = build_batch(Geometry(PATTERNS["kv"]), [(0, 5)])
+    attention = S2AttentionImpl(
+        2, 64, 1.0, 2, None, None, "auto", pattern=batch.pattern, strided_name=STRIDED
+    )
+    out = batch.poisoned_output()
+    attention.forward(SimpleNamespace(), batch.q, batch.key, batch.value, batch.window_cache, None, out)
+    assert (out == 0).all()
+
+
+def test_decodes_and_the_rest_are_told_apart() -> None:
+    batch = build_batch(Geometry(PATTERNS["kv"]), BATCHES["mixed"], padding_tokens=4)
+    made = metadata(batch, batch.requests.window_table, batch.window_slots)
+    assert (made.num_decodes, made.num_decode_tokens, made.num_tokens) == (3, 3, 60)
+    assert made.prefill_query_start_loc.tolist() == [0, 33, 53]
+
+
+def test_the_warm_up_runs_the_prefill_kernels() -> None:
+    pattern = PATTERNS["query"]
+    attention = S2AttentionImpl(
+        4, 64, 1.0, 2, None, None, "auto", pattern=pattern, strided_name=STRIDED, impl="triton"
+    )
+    page = torch.zeros(2, 2, pattern.num_kept * 16, 128, device=DEVICE)
+    attention.warm_up(page)
+    assert TOLERANCES[page.dtype] > page.abs().max(), "the warm-up wrote to the cache"
