@@ -25,8 +25,8 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from s2_kernels.layout import head_tables
 from s2_vllm.backend import S2AttentionBackend
 from s2_vllm.config import KEY, S2ConfigError
-from s2_vllm.specs import strided_spec, window_spec
-from s2_vllm.startup import STRIDED_SUFFIX, plan_of
+from s2_vllm.plan import plan_of
+from s2_vllm.specs import STRIDED_SUFFIX, strided_spec, window_spec
 
 if TYPE_CHECKING:
     from s2_vllm.plan import CachePlan

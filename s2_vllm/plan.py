@@ -16,16 +16,23 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from s2_kernels.layout import MAX_HEAD_SIZE, TierLayout
 from s2_kernels.pattern import S2Pattern
 from s2_vllm.config import KEY, S2Config, S2ConfigError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 # The largest share of KV memory that sharing entries may leave unused.
 MAX_PADDING = 0.10
 
 # vLLM's CPU attention wants pages of a multiple of 32 tokens, FlashAttention of 16.
 PAGE_SLOTS_MULTIPLE = 32
+
+# Of the model's configuration, which vLLM copies whole: `VllmConfig` is remade from its own fields at times.
+_ATTRIBUTE = "s2_cache_plan"
 
 
 @dataclass(frozen=True)
@@ -220,6 +227,16 @@ def make_plan(
         (plan for plan in candidates if plan is plain or _is_free(plan)),
         key=lambda plan: (sum(map(plan.num_groups, plan.tiers)), plan.layers_per_entry),
     )
+
+
+def attach_plan(vllm_config: VllmConfig, plan: CachePlan) -> None:
+    """Let the plan go along with an engine's configuration, into every process that receives it."""
+    setattr(vllm_config.model_config, _ATTRIBUTE, plan)
+
+
+def plan_of(vllm_config: VllmConfig) -> CachePlan | None:
+    """The plan attached to this configuration, None for a model without a pattern."""
+    return getattr(vllm_config.model_config, _ATTRIBUTE, None)
 
 
 def _is_free(plan: CachePlan) -> bool:

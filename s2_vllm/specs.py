@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from s2_vllm.plan import CachePlan
 
+STRIDED_SUFFIX = ".strided"
+"""A layer's name, and this, is the name of its strided tier's entry."""
+
 
 def window_spec(plan: CachePlan, dtype: torch.dtype) -> SlidingWindowSpec:
     """The window tier's pages: all heads, the newest `local_blocks` blocks."""

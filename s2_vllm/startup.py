@@ -7,16 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from s2_vllm.compat import SUPPORTED_VLLM
 from s2_vllm.config import KEY, S2Config, S2ConfigError, find_config
-from s2_vllm.plan import CachePlan, ModelGeometry, make_plan
+from s2_vllm.plan import CachePlan, ModelGeometry, attach_plan, make_plan, plan_of
+from s2_vllm.specs import STRIDED_SUFFIX
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
-
-STRIDED_SUFFIX = ".strided"
-
-# Of the model's configuration, which vLLM copies whole: `VllmConfig` is remade from its own fields at times.
-_PLAN_ATTRIBUTE = "s2_cache_plan"
 
 
 def prepare(vllm_config: VllmConfig) -> bool:
@@ -52,13 +48,8 @@ def prepare(vllm_config: VllmConfig) -> bool:
     )
     cache_config.block_size = plan.dense_block_size
     cache_config.user_specified_block_size = True
-    setattr(model_config, _PLAN_ATTRIBUTE, plan)
+    attach_plan(vllm_config, plan)
     return True
-
-
-def plan_of(vllm_config: VllmConfig) -> CachePlan | None:
-    """The plan that `prepare` made for this configuration, None for a model without a pattern."""
-    return getattr(vllm_config.model_config, _PLAN_ATTRIBUTE, None)
 
 
 def check_and_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:

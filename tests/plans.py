@@ -14,8 +14,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from s2_vllm.config import S2Config
 from s2_vllm.plan import CachePlan, ModelGeometry, make_plan
-from s2_vllm.specs import strided_spec, window_spec
-from s2_vllm.startup import STRIDED_SUFFIX
+from s2_vllm.specs import STRIDED_SUFFIX, strided_spec, window_spec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

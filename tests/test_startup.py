@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
 
-from s2_vllm import startup
 from s2_vllm.config import S2ConfigError
+from s2_vllm.plan import attach_plan
 from s2_vllm.startup import check_and_report
 from tests.plans import GEOMETRIES, cache_config, cache_groups, cache_specs, engine_config, reference_plan
 
@@ -23,7 +23,7 @@ MEMORY = 1 << 30
 def check(plan: CachePlan, specs: dict[str, KVCacheSpec]) -> None:
     """Check what vLLM makes of `specs` against `plan`."""
     config = engine_config()
-    setattr(config.model_config, startup._PLAN_ATTRIBUTE, plan)
+    attach_plan(config, plan)
     check_and_report(config, cache_config(cache_groups(specs), MEMORY))
 
 

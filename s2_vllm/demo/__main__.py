@@ -26,7 +26,7 @@ def main() -> None:
 def _run(output: Path) -> None:
     from s2_vllm.demo.report import report_batch, report_plan
     from s2_vllm.demo.serving import DOCUMENT_TOKENS, make_batches, serve, start_engine, warm_up
-    from s2_vllm.startup import plan_of
+    from s2_vllm.plan import plan_of
 
     checkpoint, picture = output / "checkpoint", output / "pattern.png"
     make_checkpoint(checkpoint)

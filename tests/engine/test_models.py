@@ -11,7 +11,7 @@ import pytest
 from vllm.config.utils import replace
 
 from s2_kernels.layout import head_tables
-from s2_vllm.startup import plan_of
+from s2_vllm.plan import plan_of
 from tests.engine.checkpoints import FAMILIES, random_prompts
 from tests.engine.engines import (
     assert_all_pages_free,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from s2_vllm.startup import plan_of
+from s2_vllm.plan import plan_of
 from tests.engine.checkpoints import random_prompts, save_checkpoint
 from tests.engine.engines import (
     assert_all_pages_free,
