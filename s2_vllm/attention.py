@@ -19,12 +19,11 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from s2_kernels.layout import head_tables
+from s2_vllm import refusals
 from s2_vllm.backend import S2AttentionBackend
-from s2_vllm.config import KEY, S2ConfigError
 from s2_vllm.plan import plan_of
 from s2_vllm.specs import STRIDED_SUFFIX, strided_spec, window_spec
 
@@ -48,10 +47,10 @@ def attention_class(cls: type[Attention], options: dict[str, Any]) -> type[Atten
         return cls
     prefix = options.get("prefix", "")
     if extract_layer_index(prefix) in plan.dense_layers:
-        _check_dense_layer(prefix, options)
+        refusals.check_dense_layer(prefix, options)
         return cls
     if cls is not Attention:
-        raise _refusal(prefix, f"is a {cls.__name__}")
+        raise refusals.layer_refusal(prefix, f"is a {cls.__name__}")
     return S2Attention
 
 
@@ -87,7 +86,7 @@ class S2Attention(Attention):
         given = signature(Attention.__init__).bind(None, *args, **kwargs)
         given.apply_defaults()
         prefix = given.arguments["prefix"]
-        _check_arguments(prefix, given.arguments)
+        refusals.check_sparse_layer(prefix, given.arguments)
         vllm_config = get_current_vllm_config_or_none()
         assert vllm_config is not None
         plan = plan_of(vllm_config)
@@ -105,7 +104,7 @@ class S2Attention(Attention):
             first_kv_head=place * plan.num_kv_heads,
         )
         super().__init__(*args, **kwargs)
-        self._check_layer()
+        refusals.check_made_layer(self, plan)
         if leader is None:
             self.strided = StridedTier(self, prefix + STRIDED_SUFFIX)
             context = vllm_config.compilation_config.static_forward_context
@@ -146,26 +145,6 @@ class S2Attention(Attention):
         if self.is_first and self.kv_cache.is_cuda:
             self.impl.warm_up(self.kv_cache)
 
-    def _check_layer(self) -> None:
-        pattern = self.impl.pattern
-        if (self.num_heads, self.num_kv_heads) != (pattern.num_heads, pattern.num_kv_heads):
-            raise _refusal(
-                self.layer_name,
-                f"has {self.num_heads} query and {self.num_kv_heads} KV heads instead of the model's "
-                f"{pattern.num_heads} and {pattern.num_kv_heads}",
-            )
-        if self.head_size != self.plan.model.head_size:
-            raise _refusal(self.layer_name, f"has a head size of its own ({self.head_size})")
-        if self.sliding_window is not None:
-            raise S2ConfigError(
-                f"{KEY}: layer {self.layer_name} has a sliding window ({self.sliding_window} tokens), "
-                "expected plain causal attention"
-            )
-        if self.kv_cache_torch_dtype.itemsize != self.plan.model.dtype_bytes:
-            raise S2ConfigError(
-                f"kv_cache_dtype: {self.kv_cache_dtype} in layer {self.layer_name}, expected auto"
-            )
-
 
 def _leader(wanted: int, vllm_config: VllmConfig) -> S2Attention:
     """The sparse layer of index `wanted`, which owns the pages of those after it."""
@@ -173,44 +152,3 @@ def _leader(wanted: int, vllm_config: VllmConfig) -> S2Attention:
         if isinstance(layer, S2Attention) and extract_layer_index(layer.layer_name) == wanted:
             return layer
     raise RuntimeError(f"layer {wanted}, which owns the pages of layers after it, does not exist yet")
-
-
-def _check_dense_layer(prefix: str, options: dict[str, Any]) -> None:
-    """Refuse a sliding window, whose pages the plan has no place for."""
-    window = options.get("per_layer_sliding_window")
-    if window is None:
-        window = getattr(options.get("cache_config"), "sliding_window", None)
-    if window is not None:
-        raise S2ConfigError(
-            f"{KEY}.dense_layers: layer {prefix} has a sliding window ({window} tokens), expected layers "
-            "with full attention"
-        )
-
-
-def _check_arguments(prefix: str, arguments: dict[str, Any]) -> None:
-    """Refuse what S2-Attention does not compute, by name."""
-    special = {
-        "alibi_slopes": "uses ALiBi",
-        "use_alibi_sqrt": "uses ALiBi",
-        "logits_soft_cap": "soft-caps its logits",
-        "kv_sharing_target_layer_name": "shares another layer's KV cache",
-        "attn_backend": "brings an attention backend of its own",
-        "sinks": "has attention sinks",
-    }
-    extra = arguments["extra_impl_args"]
-    for name, value in {**arguments, **extra}.items():
-        if name in special and (isinstance(value, torch.Tensor) or value):
-            raise _refusal(prefix, special[name])
-        if name in extra and name not in special and value is not None:
-            raise _refusal(prefix, f"passes {name}")
-    if arguments["attn_type"] != AttentionType.DECODER:
-        raise _refusal(prefix, f"is {arguments['attn_type']} attention")
-    if arguments["head_size_v"] not in (None, arguments["head_size"]):
-        raise _refusal(prefix, f"has values of another size ({arguments['head_size_v']})")
-
-
-def _refusal(prefix: str, what: str) -> S2ConfigError:
-    return S2ConfigError(
-        f"{KEY}: layer {prefix} {what}, expected plain causal attention (or the layer's index in "
-        "dense_layers)"
-    )

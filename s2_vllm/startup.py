@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from s2_vllm.compat import SUPPORTED_VLLM
+from s2_vllm import refusals
 from s2_vllm.config import KEY, S2Config, S2ConfigError, find_config
 from s2_vllm.plan import CachePlan, ModelGeometry, attach_plan, make_plan, plan_of
 from s2_vllm.specs import STRIDED_SUFFIX
@@ -26,18 +26,13 @@ def prepare(vllm_config: VllmConfig) -> bool:
     """
     model_config = vllm_config.model_config
     config = None if model_config is None else _read_config(model_config)
-    asks_by_name = _asks_for_custom_backend(vllm_config)
     if config is None:
-        if asks_by_name:
-            raise S2ConfigError(
-                "attention_backend: CUSTOM (S2-Attention), expected a model with a pattern: the key "
-                f"'{KEY}' in its config.json or in --hf-overrides '{{\"{KEY}\": {{...}}}}'"
-            )
+        refusals.check_backend_without_pattern(vllm_config)
         return False
-    _check_versions()
-    _check_model(model_config)
-    _check_options(vllm_config)
-    if asks_by_name:
+    refusals.check_version()
+    refusals.check_model(model_config)
+    refusals.check_options(vllm_config)
+    if refusals.asks_for_custom_backend(vllm_config):
         vllm_config.attention_config.backend = None
     cache_config = vllm_config.cache_config
     plan = make_plan(
@@ -145,62 +140,3 @@ def _geometry(vllm_config: VllmConfig) -> ModelGeometry:
         head_size=model_config.get_head_size(),
         dtype_bytes=model_config.dtype.itemsize,
     )
-
-
-def _asks_for_custom_backend(vllm_config: VllmConfig) -> bool:
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    custom = AttentionBackendEnum.CUSTOM
-    return vllm_config.attention_config.backend is custom and custom.get_path().startswith("s2_vllm.")
-
-
-def _check_versions() -> None:
-    import vllm
-
-    if not vllm.__version__.startswith(SUPPORTED_VLLM):
-        raise S2ConfigError(f"vllm: version {vllm.__version__}, expected {SUPPORTED_VLLM}*")
-
-
-def _check_model(model_config: ModelConfig) -> None:
-    def refuse(what: str) -> None:
-        raise S2ConfigError(
-            f"{KEY}: {model_config.architecture} {what}, expected a decoder-only model whose layers "
-            "are vLLM's Attention"
-        )
-
-    if model_config.use_mla:
-        refuse("uses multi-head latent attention (MLA)")
-    if model_config.is_encoder_decoder:
-        refuse("is an encoder-decoder model")
-    if model_config.is_hybrid or model_config.is_attention_free:
-        refuse("has layers with a recurrent state")
-    if model_config.runner_type != "generate":
-        refuse(f"runs as a {model_config.runner_type} model")
-
-
-def _check_options(vllm_config: VllmConfig) -> None:
-    """Refuse engine options that this version does not serve, each by name."""
-    parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-    dtype_name = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    if cache.cache_dtype not in ("auto", dtype_name):
-        raise S2ConfigError(
-            f"kv_cache_dtype: {cache.cache_dtype}, expected auto or {dtype_name} for a model with '{KEY}'"
-        )
-    values_and_defaults: dict[str, tuple[Any, Any]] = {
-        "pipeline_parallel_size": (parallel.pipeline_parallel_size, 1),
-        "decode_context_parallel_size": (parallel.decode_context_parallel_size, 1),
-        "prefill_context_parallel_size": (parallel.prefill_context_parallel_size, 1),
-        "enable_dbo": (parallel.enable_dbo, False),
-        "ubatch_size": (max(1, parallel.ubatch_size), 1),
-        "kv_offloading_size": (cache.kv_offloading_size, None),
-        "kv_sharing_fast_prefill": (cache.kv_sharing_fast_prefill, False),
-        "disable_hybrid_kv_cache_manager": (
-            bool(vllm_config.scheduler_config.disable_hybrid_kv_cache_manager),
-            False,
-        ),
-        "speculative_config": (getattr(vllm_config.speculative_config, "method", None), None),
-        "kv_transfer_config": (getattr(vllm_config.kv_transfer_config, "kv_connector", None), None),
-    }
-    for name, (value, default) in values_and_defaults.items():
-        if value != default:
-            raise S2ConfigError(f"{name}: {value}, expected {default} for a model with '{KEY}'")
