@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.geometries import GEOMETRIES
 from benchmarks.results_file import write_results
 from s2_kernels import paged
 from s2_kernels.layout import TierLayout
@@ -29,10 +30,7 @@ from s2_vllm.arguments import positive_int
 
 HEAD_SIZE = 128
 SCALE = HEAD_SIZE**-0.5
-PATTERNS = {
-    "hhst-8b": S2Pattern.build(32, 8),
-    "phi3-small": S2Pattern.build(32, 8, head_sliding_offset=1, pattern_heads="query"),
-}
+PATTERNS = {name: GEOMETRIES[name].pattern for name in ("hhst-8b", "phi3-small")}
 TOLERANCES = {torch.float32: 5e-6, torch.bfloat16: 1e-4}
 
 Step = Callable[[], torch.Tensor]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from s2_vllm.config import S2Config
+from s2_vllm.plan import ModelGeometry
+
+if TYPE_CHECKING:
+    from s2_kernels.pattern import S2Pattern
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,15 @@ class Geometry:
     num_kv_heads: int
     head_size: int = 128
     config: S2Config = field(default_factory=lambda: S2Config(16, 8))
+
+    @property
+    def pattern(self) -> S2Pattern:
+        """The pattern of a sparse layer."""
+        return self.config.pattern(self.num_heads, self.num_kv_heads)
+
+    def model(self, dtype_bytes: int = 2) -> ModelGeometry:
+        """What a cache plan needs to know of the model, in a dtype of so many bytes."""
+        return ModelGeometry(self.num_layers, self.num_heads, self.num_kv_heads, self.head_size, dtype_bytes)
 
     def hf_config(self, sparse: bool = True, **overrides: Any) -> dict[str, Any]:
         """A Llama config.json with this attention, and hardly any other weight.
@@ -65,3 +78,6 @@ GEOMETRIES = {
     "s2-7b": Geometry(32, 32, 32, config=S2Config(8, 16, dense_layers=(0, 1))),
     "s2-70b": Geometry(80, 64, 64, config=S2Config(8, 32)),
 }
+
+SERVED = {name: geometry for name, geometry in GEOMETRIES.items() if name != "s2-70b"}
+"""Those that an engine serves; the others are for the kernels alone."""

@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.geometries import GEOMETRIES, Geometry
+from benchmarks.geometries import GEOMETRIES, SERVED, Geometry
 from benchmarks.results_file import write_results
 
 MAX_MODEL_LEN = 131072
@@ -37,12 +37,7 @@ VARIANTS: dict[str, tuple[bool, int | None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="KV cache capacity of the reference geometries")
-    parser.add_argument(
-        "--geometries",
-        nargs="+",
-        choices=list(GEOMETRIES),
-        default=["phi3-small", "hhst-8b", "s2-1.3b", "s2-7b"],
-    )
+    parser.add_argument("--geometries", nargs="+", choices=list(GEOMETRIES), default=list(SERVED))
     parser.add_argument("--kv-cache-gib", type=_positive, default=40)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kv-capacity.json"))
     arguments = parser.parse_args()
@@ -83,7 +78,7 @@ def measure(geometry: Geometry, variant: str, memory: int) -> dict[str, Any]:
     facts = {
         "max_model_len": MAX_MODEL_LEN,
         "kv_cache_bytes": memory,
-        "stored_fraction_sparse_layer": _stored_fraction(geometry) if sparse else 1.0,
+        "stored_fraction_sparse_layer": geometry.pattern.stored_fraction(MAX_MODEL_LEN) if sparse else 1.0,
     }
     try:
         return facts | _start(geometry.hf_config(sparse), memory, batched_tokens)
@@ -147,11 +142,6 @@ def _steps(tokens: dict[str, int], variant: str) -> str:
 def _requests(record: dict[str, Any]) -> str:
     count = record["concurrent_requests"]
     return "not even one" if count is None else f"{count:.2f}"
-
-
-def _stored_fraction(geometry: Geometry) -> float:
-    pattern = geometry.config.pattern(geometry.num_heads, geometry.num_kv_heads)
-    return pattern.stored_fraction(MAX_MODEL_LEN)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The reference geometries, and what vLLM makes of a plan: specs, KV cache groups, blocks."""
+"""What vLLM makes of a plan: specs, KV cache groups, blocks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-from s2_vllm.config import S2Config
-from s2_vllm.plan import CachePlan, ModelGeometry, make_plan
+from benchmarks.geometries import GEOMETRIES
+from s2_vllm.plan import CachePlan, make_plan
 from s2_vllm.specs import STRIDED_SUFFIX, strided_spec, window_spec
 
 if TYPE_CHECKING:
@@ -23,21 +23,11 @@ if TYPE_CHECKING:
 
 DTYPE = torch.bfloat16
 
-GEOMETRIES: dict[str, tuple[S2Config, ModelGeometry]] = {
-    "phi3-small": (
-        S2Config(16, 8, head_sliding_offset=1, pattern_heads="query", dense_layers=tuple(range(1, 32, 2))),
-        ModelGeometry(32, 32, 8, 128, DTYPE.itemsize),
-    ),
-    "hhst-8b": (S2Config(16, 8, dense_layers=(0, 1)), ModelGeometry(32, 32, 8, 128, DTYPE.itemsize)),
-    "s2-1.3b": (S2Config(8, 8, dense_layers=(0, 1)), ModelGeometry(24, 16, 16, 128, DTYPE.itemsize)),
-    "s2-7b": (S2Config(8, 16, dense_layers=(0, 1)), ModelGeometry(32, 32, 32, 128, DTYPE.itemsize)),
-}
-"""The geometries of the reference models that vLLM serves, by name."""
-
 
 def reference_plan(name: str, **options: Any) -> CachePlan:
     """The plan of the reference geometry called `name`."""
-    return make_plan(*GEOMETRIES[name], **options)
+    geometry = GEOMETRIES[name]
+    return make_plan(geometry.config, geometry.model(DTYPE.itemsize), **options)
 
 
 def engine_config(max_model_len: int = 131072, max_num_batched_tokens: int = 2048) -> VllmConfig:

@@ -9,15 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.geometries import GEOMETRIES
 from s2_kernels.pattern import S2Pattern, first_returning_block
 
-REFERENCE = {
-    "phi3-small": S2Pattern.build(32, 8, head_sliding_offset=1, pattern_heads="query"),
-    "hhst-8b": S2Pattern.build(32, 8),
-    "s2-1.3b": S2Pattern.build(16, 16, local_blocks=8),
-    "s2-7b": S2Pattern.build(32, 32, local_blocks=8, vert_stride=16),
-    "s2-70b": S2Pattern.build(64, 64, local_blocks=8, vert_stride=32),
-}
+REFERENCE = {name: geometry.pattern for name, geometry in GEOMETRIES.items()}
 PATTERN = {"block_size": 16, "local_blocks": 2, "vert_stride": 4, "residues": (0, 3), "num_kv_heads": 2}
 
 

@@ -12,17 +12,10 @@ from hypothesis import strategies as st
 from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config, resolve_kv_cache_block_sizes
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+from benchmarks.geometries import SERVED
 from s2_vllm.config import S2Config, S2ConfigError
 from s2_vllm.plan import CachePlan, ModelGeometry, make_plan
-from tests.plans import (
-    GEOMETRIES,
-    cache_config,
-    cache_groups,
-    cache_specs,
-    engine_config,
-    reference_plan,
-    tier_of,
-)
+from tests.plans import cache_config, cache_groups, cache_specs, engine_config, reference_plan, tier_of
 
 MODEL = ModelGeometry(num_layers=8, num_heads=8, num_kv_heads=4, head_size=64, dtype_bytes=2)
 
@@ -178,7 +171,7 @@ def test_a_sparse_layer_stores_this_much(name: str, percent: int) -> None:
     assert round(100 * fraction_stored(reference_plan(name))) == percent
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", SERVED)
 def test_sharing_entries_costs_little_memory_and_no_hits(name: str) -> None:
     plan = reference_plan(name)
     alone = CachePlan(plan.model, plan.pattern, plan.sparse_layers, plan.dense_layers, 1, plan.page_slots, 1)

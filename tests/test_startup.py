@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import pytest
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
 
+from benchmarks.geometries import SERVED
 from s2_vllm.config import S2ConfigError
 from s2_vllm.plan import attach_plan
 from s2_vllm.startup import check_and_report
-from tests.plans import GEOMETRIES, cache_config, cache_groups, cache_specs, engine_config, reference_plan
+from tests.plans import cache_config, cache_groups, cache_specs, engine_config, reference_plan
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
@@ -27,7 +28,7 @@ def check(plan: CachePlan, specs: dict[str, KVCacheSpec]) -> None:
     check_and_report(config, cache_config(cache_groups(specs), MEMORY))
 
 
-@pytest.mark.parametrize("name", GEOMETRIES)
+@pytest.mark.parametrize("name", SERVED)
 def test_what_vllm_makes_of_the_plan(name: str) -> None:
     check(reference_plan(name), cache_specs(reference_plan(name)))
 
