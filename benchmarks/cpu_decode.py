@@ -26,7 +26,7 @@ from s2_kernels.layout import TierLayout
 from s2_kernels.paged import PagedRequests
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.reference import attention_reference
-from s2_vllm.arguments import positive_int
+from s2_vllm.cli import positive_int
 
 HEAD_SIZE = 128
 SCALE = HEAD_SIZE**-0.5

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from s2_vllm.arguments import positive_int
 from s2_vllm.config import KEY, S2Config, S2ConfigError, find_config
 from s2_vllm.plan import CachePlan, ModelGeometry, make_plan
 
@@ -73,6 +72,17 @@ def _show(arguments: argparse.Namespace) -> None:
     except ValueError as error:
         raise S2ConfigError(str(error)) from error
     print(f"saved {arguments.output}")
+
+
+def positive_int(text: str) -> int:
+    """`text` as a positive integer: a type of command-line arguments.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a positive integer")
+    return int(text)
 
 
 def describe(plan: CachePlan, length: int, memory: int, batched_tokens: int) -> dict[str, Any]:

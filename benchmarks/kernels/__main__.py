@@ -24,7 +24,7 @@ from benchmarks.kernels.report import Record, line, tables
 from benchmarks.kernels.run import DTYPE, Measure, run_case
 from benchmarks.kernels.timing import Launch, median_ms
 from benchmarks.results_file import write_results
-from s2_vllm.arguments import positive_int
+from s2_vllm.cli import positive_int
 
 SECONDS, QUICK_SECONDS = 0.3, 0.1
 COPY_BYTES = 2**31
