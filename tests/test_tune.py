@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from benchmarks import tune
 from benchmarks.geometries import GEOMETRIES, Geometry
-from benchmarks.kernels import cases
+from benchmarks.kernels import cases, implementations
 from benchmarks.kernels.cases import Case
 from benchmarks.kernels.implementations import IMPLEMENTATIONS
 from benchmarks.kernels.timing import Launch
+from s2_kernels import paged
 from s2_vllm.config import S2Config
 from tests.paged import DEVICE
 
@@ -32,6 +34,11 @@ def tiny_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     for op, case in CASES.items():
         monkeypatch.setitem(tune.SEARCHES, op, replace(tune.SEARCHES[op], cases=[case]))
     monkeypatch.setattr(tune, "DTYPE", torch.float16)
+    if DEVICE == "cpu":
+        for name in ("write", "attend"):
+            monkeypatch.setattr(paged, name, partial(getattr(paged, name), impl="triton"))
+        triton_attention = partial(implementations.s2_attention, impl="triton")
+        monkeypatch.setattr(implementations, "s2_attention", triton_attention)
     cases._pattern.cache_clear()
 
 
