@@ -260,22 +260,31 @@ def _broken(inputs: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("preparation", "key", "text"),
+    ("preparation", "is_ours", "key", "text"),
     [
-        (_wrong, "error", "max_rel_err"),
-        (_missing, "reason", "not installed"),
-        (_broken, "reason", "RuntimeError: out of luck"),
+        (_wrong, False, "error", "max_rel_err"),
+        (_missing, False, "reason", "not installed"),
+        (_broken, False, "reason", "RuntimeError: out of luck"),
+        (_broken, True, "error", "RuntimeError: out of luck"),
     ],
 )
 def test_no_time_without_a_right_output(
-    monkeypatch: pytest.MonkeyPatch, preparation: Any, key: str, text: str
+    monkeypatch: pytest.MonkeyPatch, preparation: Any, is_ours: bool, key: str, text: str
 ) -> None:
-    peer = implementations.Implementation(dense=True, ops={"prefill": preparation})
-    monkeypatch.setitem(implementations.IMPLEMENTATIONS, "fa2", peer)
+    """That a peer does not run is a fact about this machine; that ours does not is an error."""
+    implementation = implementations.Implementation(True, {"prefill": preparation}, is_ours)
+    monkeypatch.setitem(implementations.IMPLEMENTATIONS, "fa2", implementation)
     (record,) = run(Case("prefill", "tiny", 1, 64), "fa2")
     assert record.keys() == {"op", "geometry", "batch", "seq_len", "impl", key}
     assert record[key].startswith(text)
     assert record[key] in report.table("prefill", [record])
+
+
+def test_ours_are_known_as_ours() -> None:
+    ours = {
+        name for name, implementation in implementations.IMPLEMENTATIONS.items() if implementation.is_ours
+    }
+    assert ours == {"s2", "s2_contiguous"}
 
 
 def test_default_cases() -> None:

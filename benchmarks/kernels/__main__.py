@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         gc.collect()
         torch.cuda.empty_cache()
     print(f"\n{tables(records)}\n\nsaved {output}")
-    return 0
+    return int(any("error" in record for record in records))
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

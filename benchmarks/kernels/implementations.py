@@ -44,10 +44,12 @@ class Implementation:
     Attributes:
         dense: whether it is causal attention to everything, which ignores the pattern.
         ops: a preparation per operation.
+        is_ours: whether it is this project's: that it does not run is an error then, not a fact about a peer.
     """
 
     dense: bool
     ops: dict[str, Preparation]
+    is_ours: bool = False
 
 
 def prepare_s2_prefill(inputs: Inputs) -> Launch:
@@ -340,9 +342,12 @@ IMPLEMENTATIONS = {
             "chunked_prefill": prepare_s2_prefill,
             "prefill": prepare_s2_prefill,
         },
+        is_ours=True,
     ),
     "s2_contiguous": Implementation(
-        dense=False, ops={"chunked_prefill": prepare_s2_contiguous, "prefill": prepare_s2_contiguous}
+        dense=False,
+        ops={"chunked_prefill": prepare_s2_contiguous, "prefill": prepare_s2_contiguous},
+        is_ours=True,
     ),
     "fa2": Implementation(dense=True, ops={"prefill": _fa2}),
     "fa3": Implementation(

@@ -106,7 +106,7 @@ def line(record: Record) -> str:
         facts += f" {record['batch']} x {record['seq_len']}"
     facts += f" {record['impl']}:"
     if "ms" not in record:
-        return f"{facts} {'WRONG: ' + record['error'] if 'error' in record else record['reason']}"
+        return f"{facts} {'ERROR: ' + record['error'] if 'error' in record else record['reason']}"
     rate = f"{record['tflops']} TFLOP/s" if "tflops" in record else f"{record['gbps']} GB/s"
     return f"{facts} {record['ms']} ms, {rate}"
 

@@ -56,6 +56,8 @@ def run_implementation(
 ) -> Record:
     """Check every output, then measure: {"ms", a rate, "max_rel_err"}, or an "error", or a "reason".
 
+    A wrong output is an error, and so is an exception of ours; a peer that does not run has a reason.
+
     Args:
         implementation: what to run.
         case: what to run it on, with its `input_sets`.
@@ -70,8 +72,9 @@ def run_implementation(
         return {"reason": str(unavailable)}
     except CheckFailed as failure:
         return {"error": str(failure)}
-    except Exception as failure:  # whatever a peer raises must not end the run
-        return {"reason": f"{type(failure).__name__}: {str(failure).strip().split(chr(10))[0]}"[:300]}
+    except Exception as failure:  # whatever one raises must not end the run of the others
+        what = f"{type(failure).__name__}: {str(failure).strip().split(chr(10))[0]}"[:300]
+        return {"error" if implementation.is_ours else "reason": what}
     return {
         "ms": float(f"{ms:.5g}"),
         **rate(case, implementation.dense, ms),
