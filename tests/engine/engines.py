@@ -21,6 +21,8 @@ _DEFAULTS: dict[str, Any] = {
     "max_num_seqs": 32,
     "num_gpu_blocks_override": 512,
     "kv_cache_memory_bytes": 1 << 30,
+    # Several test processes may share a GPU.
+    "gpu_memory_utilization": 0.1,
     "disable_log_stats": False,
 }
 
