@@ -21,7 +21,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import KVCacheSpec
 
-from s2_kernels.layout import head_tables
+from s2_kernels.layout import make_head_tables
 from s2_vllm import refusals
 from s2_vllm.backend import S2AttentionBackend
 from s2_vllm.plan import plan_of
@@ -113,11 +113,13 @@ class S2Attention(Attention):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Make the pattern's tables now: no CUDA graph may be waiting for them later.
 
-        They are the layer's buffers: in its sleep mode vLLM keeps nothing else that was made while loading.
+        They are the layer's own, and its buffers: in its sleep mode vLLM frees what was made while loading,
+        and keeps parameters and buffers. Tables that others use as well would be gone for them too.
         """
         super().process_weights_after_loading(act_dtype)
         device = torch.empty(0, device=current_platform.device_type).device
-        for name, table in head_tables(self.impl.pattern, device)._asdict().items():
+        self.impl.tables = make_head_tables(self.impl.pattern, device)
+        for name, table in self.impl.tables._asdict().items():
             self.register_buffer(f"s2_{name}", table, persistent=False)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:

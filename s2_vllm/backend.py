@@ -24,6 +24,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from s2_kernels import paged
 from s2_kernels.launch.choice import Impl
+from s2_kernels.layout import HeadTables
 from s2_kernels.paged import PagedRequests
 from s2_kernels.pattern import S2Pattern
 
@@ -126,6 +127,9 @@ class S2MetadataBuilder(AttentionMetadataBuilder[S2Metadata]):
 class S2AttentionImpl(AttentionImpl[S2Metadata]):
     """Stores a batch's new keys and values in both tiers, then attends.
 
+    Attributes:
+        tables: of the pattern, which the layer that owns them sets; None for those of the library.
+
     Args:
         pattern: the pattern of this rank's heads.
         strided_name: the entry that holds this layer's strided tier.
@@ -161,6 +165,7 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
         self.strided_name = strided_name
         self.first_kv_head = first_kv_head
         self.impl = impl
+        self.tables: HeadTables | None = None
 
     def heads_of(self, entry_cache: torch.Tensor) -> torch.Tensor:
         """This layer's range of the heads of an entry's pages."""
@@ -227,6 +232,7 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
             window.slot_mapping,
             strided.slot_mapping,
             self.pattern,
+            tables=self.tables,
             impl=self.impl,
         )
         requests = PagedRequests(
@@ -261,5 +267,6 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
             out,
             max_query_len=max_query_len,
             max_seq_len=max_seq_len,
+            tables=self.tables,
             impl=self.impl,
         )

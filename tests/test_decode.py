@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from s2_kernels import paged
+from s2_kernels.layout import head_tables
 from s2_kernels.paged.decode import paged_decode
 from s2_kernels.paged.decode_combine import MAX_CHUNK, MIN_CHUNK, chunk_size
 from s2_kernels.pattern import S2Pattern
@@ -40,7 +41,8 @@ def run(batch: PagedBatch, num_programs: int | None = None) -> torch.Tensor:
     if num_programs is None:
         paged.attend(batch.q, batch.requests, batch.pattern, batch.scale, out, max_query_len=1, impl="triton")
     else:
-        paged_decode(batch.q, batch.requests, batch.pattern, batch.scale, out, num_programs)
+        tables = head_tables(batch.pattern, batch.q.device)
+        paged_decode(batch.q, batch.requests, batch.pattern, batch.scale, out, tables, num_programs)
     return out
 
 
@@ -147,7 +149,7 @@ def test_cuda_graph_replays_with_other_lengths() -> None:
     requests, out = captured.requests, captured.poisoned_output()
 
     def decode() -> None:
-        paged_decode(captured.q, requests, captured.pattern, captured.scale, out)
+        paged.attend(captured.q, requests, captured.pattern, captured.scale, out, max_query_len=1)
 
     decode()
     graph = torch.cuda.CUDAGraph()

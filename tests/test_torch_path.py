@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
+from s2_kernels import paged
 from s2_kernels.paged import torch_path
-from s2_kernels.paged.torch_path import paged_attention, write_cache
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.reference import cache_write_reference
 from tests.paged import POISON_PAGE, Geometry, PoolKind, build_batch
@@ -35,7 +37,7 @@ BATCHES = {
 def run_and_check(geometry: Geometry, requests: str, dtype: torch.dtype, pool: PoolKind = "shared") -> None:
     batch = build_batch(geometry, BATCHES[requests], dtype=dtype, padding_tokens=3, pool=pool)
     out = batch.poisoned_output()
-    paged_attention(batch.q, batch.requests, batch.pattern, batch.scale, out)
+    paged.attend(batch.q, batch.requests, batch.pattern, batch.scale, out, impl="torch")
     batch.check(out)
 
 
@@ -77,7 +79,7 @@ def test_follows_no_stale_entry(geometry: Geometry, requests: str) -> None:
     for table in (batch.window_table, batch.strided_table):
         table[table == POISON_PAGE] = 1 << 30
     out = batch.poisoned_output()
-    paged_attention(batch.q, batch.requests, batch.pattern, batch.scale, out)
+    paged.attend(batch.q, batch.requests, batch.pattern, batch.scale, out, impl="torch")
     batch.check(out)
 
 
@@ -91,8 +93,8 @@ def test_accumulates_double_precision_in_double_precision() -> None:
     for cache in shifted_requests[:2]:
         cache[..., batch.q.shape[-1] :] += 1e9
     out, shifted = batch.poisoned_output(), batch.poisoned_output()
-    paged_attention(batch.q, requests, batch.pattern, batch.scale, out)
-    paged_attention(batch.q, shifted_requests, batch.pattern, batch.scale, shifted)
+    paged.attend(batch.q, requests, batch.pattern, batch.scale, out, impl="torch")
+    paged.attend(batch.q, shifted_requests, batch.pattern, batch.scale, shifted, impl="torch")
     torch.testing.assert_close(shifted - 1e9, out, atol=1e-5, rtol=0)
 
 
@@ -102,7 +104,7 @@ def test_accumulates_double_precision_in_double_precision() -> None:
 def test_writes_what_the_reference_writes(geometry: Geometry, dtype: torch.dtype, pool: PoolKind) -> None:
     batch = build_batch(geometry, BATCHES["mixed"], dtype=dtype, padding_tokens=3, pool=pool)
     written = []
-    for write in (write_cache, cache_write_reference):
+    for write in (partial(paged.write, impl="torch"), cache_write_reference):
         caches = [torch.full_like(cache, torch.nan) for cache in (batch.window_cache, batch.strided_cache)]
         write(batch.key, batch.value, *caches, batch.window_slots, batch.strided_slots, batch.pattern)
         written.append(caches)

@@ -95,7 +95,16 @@ class HeadTables(NamedTuple):
 
 @cache
 def head_tables(pattern: S2Pattern, device: torch.device) -> HeadTables:
-    """The tables of `pattern` on `device`, made once and kept: CUDA graphs read them at every replay."""
+    """The tables of `pattern` on `device`, made once and kept: CUDA graphs read them at every replay.
+
+    For callers that own none. An engine's layers own theirs: what an engine makes while it loads, it may put to
+    sleep.
+    """
+    return make_head_tables(pattern, device)
+
+
+def make_head_tables(pattern: S2Pattern, device: torch.device) -> HeadTables:
+    """New tables of `pattern` on `device`, for the caller to keep."""
     import torch
 
     rank_of_residue = [

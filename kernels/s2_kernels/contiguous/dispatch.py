@@ -14,6 +14,7 @@ from s2_kernels.contiguous.sequences import Span, longest
 from s2_kernels.launch import limits
 from s2_kernels.launch.choice import Impl, choose
 from s2_kernels.launch.cuda_graphs import hold_for_graph
+from s2_kernels.layout import head_tables
 from s2_kernels.masks import BlockMask, pattern_block_mask
 from s2_kernels.pattern import S2Pattern
 
@@ -145,6 +146,7 @@ def _attend_on_hopper(
         scale,
         out.flatten(0, 1),
         row_lse,
+        head_tables(pattern, q.device),
     )
     if lse is not None and row_lse is not None:
         lse.copy_(row_lse.unflatten(0, q.shape[:2]).transpose(1, 2))

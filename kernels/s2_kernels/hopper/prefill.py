@@ -21,7 +21,7 @@ from s2_kernels.hopper.schedule import TILE_M, UNIT
 from s2_kernels.launch.configs import launch_config, shape_key
 from s2_kernels.launch.device import num_multiprocessors
 from s2_kernels.launch.limits import LOG2_E
-from s2_kernels.layout import head_tables
+from s2_kernels.layout import HeadTables
 from s2_kernels.paged.requests import UNALIGNED, PagedRequests
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.tiles import first_tile
@@ -204,6 +204,7 @@ def paged_prefill_fwd(
     pattern: S2Pattern,
     scale: float,
     out: torch.Tensor,
+    tables: HeadTables,
     max_seq_len: int | None,
 ) -> None:
     """`s2_kernels.paged.attend` of tensors that `refusal` has nothing against, after its checks."""
@@ -214,6 +215,7 @@ def paged_prefill_fwd(
         q,
         (window, window, strided, strided),
         (window_table, strided_table),
+        tables,
         (query_start_loc, query_start_loc, seq_lens),
         pattern,
         scale,
@@ -244,6 +246,7 @@ def contiguous_prefill_fwd(
     scale: float,
     out: torch.Tensor,
     lse: torch.Tensor | None,
+    tables: HeadTables,
 ) -> None:
     """S2-Attention over packed keys and values, of tensors that `refusal` has nothing against.
 
@@ -255,6 +258,7 @@ def contiguous_prefill_fwd(
         pattern: of the heads.
         scale: factor on the logits, positive.
         lse: float32 [tokens, num_heads], to be filled with the log-sum-exp of the scaled logits, or None.
+        tables: of the pattern.
     """
     columns = k.shape[1] * k.shape[2]
     keys, values = _rows(k, columns), _rows(v, columns)
@@ -262,6 +266,7 @@ def contiguous_prefill_fwd(
         q,
         (keys, values, keys, values),
         (seq_lens, seq_lens),
+        tables,
         (query_start_loc, key_start_loc, seq_lens),
         pattern,
         scale,
@@ -277,7 +282,8 @@ def contiguous_prefill_fwd(
 def _launch(
     q: torch.Tensor,
     keys_and_values: tuple[TensorDescriptor, ...],
-    tables: tuple[torch.Tensor, torch.Tensor],
+    block_tables: tuple[torch.Tensor, torch.Tensor],
+    tables: HeadTables,
     lengths: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     pattern: S2Pattern,
     scale: float,
@@ -293,7 +299,6 @@ def _launch(
     num_requests = lengths[2].shape[0]
     num_tiles = first_tile(num_tokens, num_requests, TILE_M.value)
     num_items = num_tiles * num_heads
-    heads = head_tables(pattern, q.device)
     config = hopper_prefill_config(head_size, q.dtype)
     section_bytes = config.pop("section_mib") * MIB
     queries = TensorDescriptor(
@@ -302,10 +307,10 @@ def _launch(
     prefill_fwd_kernel[(min(num_items, num_multiprocessors(q.device)),)](
         queries,
         *keys_and_values,
-        *tables,
+        *block_tables,
         *lengths,
-        heads.residue,
-        heads.rank,
+        tables.residue,
+        tables.rank,
         out,
         lse,
         scale * LOG2_E,
@@ -313,7 +318,7 @@ def _launch(
         num_items,
         num_requests,
         heads_per_section(pattern, max_seq_len, head_size, section_bytes),
-        *(table.stride(0) for table in tables),
+        *(table.stride(0) for table in block_tables),
         *page_rows,
         *head_rows,
         *out.stride()[:2],

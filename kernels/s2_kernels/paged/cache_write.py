@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from s2_kernels.launch.configs import launch_config, shape_key
-from s2_kernels.layout import TierLayout, head_tables
+from s2_kernels.layout import HeadTables, TierLayout
 from s2_kernels.pattern import S2Pattern
 
 
@@ -88,6 +88,7 @@ def write_cache(
     window_slots: torch.Tensor,
     strided_slots: torch.Tensor,
     pattern: S2Pattern,
+    tables: HeadTables,
 ) -> None:
     """`s2_kernels.paged.write` of as many tokens as slots, after its checks."""
     tokens, _, head_size = key.shape
@@ -101,7 +102,7 @@ def write_cache(
         strided_cache,
         window_slots,
         strided_slots,
-        head_tables(pattern, key.device).rank_of_residue,
+        tables.rank_of_residue,
         tokens,
         *key.stride()[:2],
         *value.stride()[:2],

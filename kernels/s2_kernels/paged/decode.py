@@ -16,7 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from s2_kernels.launch.configs import launch_config, shape_key
 from s2_kernels.launch.device import num_multiprocessors, nvidia_capability
 from s2_kernels.launch.limits import LOG2_E, MIN_DOT_SIZE, padded_head_size
-from s2_kernels.layout import head_tables
+from s2_kernels.layout import HeadTables
 from s2_kernels.paged.decode_combine import combine_partial_results
 from s2_kernels.paged.decode_schedule import (
     items_per_head,
@@ -278,6 +278,7 @@ def paged_decode(
     pattern: S2Pattern,
     scale: float,
     out: torch.Tensor,
+    tables: HeadTables,
     num_programs: int | None = None,
 ) -> None:
     """`s2_kernels.paged.attend` of a batch of requests with one query each, or none, after its checks.
@@ -301,7 +302,6 @@ def paged_decode(
 
     lse = torch.empty(num_programs, 2, pattern.group_size, dtype=torch.float32, device=q.device)
     partial = torch.empty(*lse.shape, head_size, dtype=torch.float32, device=q.device)
-    tables = head_tables(pattern, q.device)
     schedule = {
         "NUM_KV_HEADS": pattern.num_kv_heads,
         "GROUP_SIZE": pattern.group_size,

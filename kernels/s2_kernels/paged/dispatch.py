@@ -13,6 +13,7 @@ import torch
 from s2_kernels import hopper
 from s2_kernels.launch import limits
 from s2_kernels.launch.choice import Impl, choose
+from s2_kernels.layout import HeadTables, head_tables
 from s2_kernels.paged.checks import check_attend, check_write
 from s2_kernels.paged.requests import PagedRequests
 from s2_kernels.pattern import S2Pattern
@@ -27,6 +28,7 @@ def write(
     strided_slots: torch.Tensor,
     pattern: S2Pattern,
     *,
+    tables: HeadTables | None = None,
     impl: Impl | None = None,
 ) -> None:
     """Store new tokens in both tiers, in place: every head in the window tier, kept ones in the strided.
@@ -40,6 +42,7 @@ def write(
         strided_slots: int64 [tokens], page * strided_page_tokens + position mod strided_page_tokens, as vLLM
             computes it. A token with -1 in either is padding and skipped.
         pattern: the pattern of these heads.
+        tables: its tables, where the caller owns some.
         impl: "reference", "torch" or "triton"; None for the fastest that takes the call.
 
     Raises:
@@ -67,6 +70,9 @@ def write(
     new = (key[:tokens], value[:tokens])
     caches = (window_cache, strided_cache)
     slots = (window_slots[:tokens], strided_slots[:tokens])
+    if tokens == 0:
+        return
+    tables = head_tables(pattern, key.device) if tables is None else tables
     if chosen == "reference":
         from s2_kernels.reference import cache_write_reference
 
@@ -74,11 +80,11 @@ def write(
     elif chosen == "torch":
         from s2_kernels.paged.torch_path import write_cache as torch_write_cache
 
-        torch_write_cache(*new, *caches, *slots, pattern)
+        torch_write_cache(*new, *caches, *slots, pattern, tables)
     else:
         from s2_kernels.paged.cache_write import write_cache
 
-        write_cache(*new, *caches, *slots, pattern)
+        write_cache(*new, *caches, *slots, pattern, tables)
 
 
 def attend(
@@ -90,6 +96,7 @@ def attend(
     *,
     max_query_len: int | None = None,
     max_seq_len: int | None = None,
+    tables: HeadTables | None = None,
     impl: Impl | None = None,
 ) -> None:
     """S2-Attention of a batch of requests whose keys and values are in the two paged tiers.
@@ -108,6 +115,7 @@ def attend(
             kernels of its own.
         max_seq_len: the longest sequence, or a bound, where the host knows one. It decides the order of the
             work, and the faster of two Hopper kernels, never the result.
+        tables: the pattern's tables, where the caller owns some.
         impl: "reference", "torch", "triton" or "hopper"; None for the fastest that takes the call.
 
     Raises:
@@ -137,6 +145,7 @@ def attend(
     chosen = choose(impl, q.device, refusals)
     if q.shape[0] == 0 or len(requests.seq_lens) == 0:
         return
+    tables = head_tables(pattern, q.device) if tables is None else tables
     if chosen == "reference":
         from s2_kernels.reference import paged_attention_reference
 
@@ -145,19 +154,19 @@ def attend(
     elif chosen == "torch":
         from s2_kernels.paged.torch_path import paged_attention
 
-        paged_attention(q, requests, pattern, scale, out)
+        paged_attention(q, requests, pattern, scale, out, tables)
     elif chosen == "hopper":
         from s2_kernels.hopper.prefill import paged_prefill_fwd
 
-        paged_prefill_fwd(q, requests, pattern, scale, out, max_seq_len)
+        paged_prefill_fwd(q, requests, pattern, scale, out, tables, max_seq_len)
     elif is_decode:
         from s2_kernels.paged.decode import paged_decode
 
-        paged_decode(q, requests, pattern, scale, out)
+        paged_decode(q, requests, pattern, scale, out, tables)
     else:
         from s2_kernels.paged.prefill import paged_prefill
 
-        paged_prefill(q, requests, pattern, scale, out)
+        paged_prefill(q, requests, pattern, scale, out, tables)
 
 
 def _takes_all() -> None:

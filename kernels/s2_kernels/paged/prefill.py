@@ -13,7 +13,7 @@ import triton.language as tl
 
 from s2_kernels.launch.configs import launch_config, shape_key
 from s2_kernels.launch.limits import LOG2_E, MIN_DOT_SIZE, padded_head_size
-from s2_kernels.layout import head_tables
+from s2_kernels.layout import HeadTables
 from s2_kernels.paged.requests import UNALIGNED, PagedRequests
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.tiles import (
@@ -250,13 +250,13 @@ def paged_prefill(
     pattern: S2Pattern,
     scale: float,
     out: torch.Tensor,
+    tables: HeadTables,
 ) -> None:
     """`s2_kernels.paged.attend` of a batch of requests with any number of queries each, after its checks."""
     num_tokens, num_heads, head_size = q.shape
     num_requests = len(requests.seq_lens)
     head_padded = padded_head_size(head_size)
     config = prefill_config(head_padded, pattern.block_size, q.dtype)
-    tables = head_tables(pattern, q.device)
     num_tiles = first_tile(num_tokens, num_requests, config["BLOCK_M"])
     paged_prefill_fwd_kernel[(num_heads, num_tiles)](
         q,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from s2_kernels.layout import TierLayout, head_tables
+from s2_kernels.layout import HeadTables, TierLayout
 from s2_kernels.paged.requests import PagedRequests
 from s2_kernels.pattern import S2Pattern
 
@@ -33,6 +33,7 @@ def write_cache(
     window_slots: torch.Tensor,
     strided_slots: torch.Tensor,
     pattern: S2Pattern,
+    tables: HeadTables,
 ) -> None:
     """Store new tokens in both tiers, in place.
 
@@ -43,6 +44,7 @@ def write_cache(
         strided_slots: int64 [tokens], page * strided_page_tokens + position mod
             strided_page_tokens, as vLLM computes it. A token with -1 in either is padding and skipped.
         pattern: the pattern of these heads.
+        tables: its tables.
     """
     layout = TierLayout(pattern, window_cache.shape[2])
     states = torch.cat([key, value], dim=-1).to(window_cache.dtype)
@@ -54,8 +56,7 @@ def write_cache(
     slots = strided_slots[tokens]
     local_position = slots % layout.strided_page_tokens
     block = local_position // pattern.block_size
-    rank_of_residue = head_tables(pattern, key.device).rank_of_residue
-    rank = rank_of_residue[:, block % pattern.vert_stride]
+    rank = tables.rank_of_residue[:, block % pattern.vert_stride]
     head, kept = (rank >= 0).nonzero(as_tuple=True)
     sub_block = block[kept] // pattern.vert_stride * pattern.num_kept + rank[head, kept]
     slot = sub_block * pattern.block_size + local_position[kept] % pattern.block_size
@@ -69,6 +70,7 @@ def paged_attention(
     pattern: S2Pattern,
     scale: float,
     out: torch.Tensor,
+    tables: HeadTables,
 ) -> None:
     """S2-Attention of a batch of requests whose keys and values are in the two paged tiers.
 
@@ -81,6 +83,7 @@ def paged_attention(
         pattern: the pattern of these heads.
         scale: factor on the logits.
         out: [tokens, num_heads, head_size], written for the tokens that belong to requests.
+        tables: of the pattern.
     """
     window_cache, strided_cache, window_table, strided_table, query_start_loc, seq_lens = requests
     layout = TierLayout(pattern, window_cache.shape[2])
@@ -93,7 +96,7 @@ def paged_attention(
             position = seq_len - starts[n + 1] + row
             positions = torch.arange(position, position + end - row, device=q.device)
             spans = (
-                _strided_span(strided_cache, strided_table[n], layout, positions),
+                _strided_span(strided_cache, strided_table[n], layout, tables, positions),
                 _window_span(window_cache, window_table[n], layout, positions),
             )
             out[row:end] = _attend(q[row:end], spans, pattern, scale, scratch)
@@ -157,7 +160,11 @@ class _Span(NamedTuple):
 
 
 def _strided_span(
-    cache: torch.Tensor, table: torch.Tensor, layout: TierLayout, positions: torch.Tensor
+    cache: torch.Tensor,
+    table: torch.Tensor,
+    layout: TierLayout,
+    tables: HeadTables,
+    positions: torch.Tensor,
 ) -> _Span:
     pattern, per_page = layout.pattern, layout.super_blocks_per_page
     b, s = pattern.block_size, pattern.vert_stride
@@ -167,7 +174,7 @@ def _strided_span(
     num_shared = max(0, (int(newest[0]) + 1) // s)
 
     super_block = torch.arange(num_shared, num_pages * per_page, device=cache.device)
-    block = super_block * s + head_tables(pattern, cache.device).kept[..., None]
+    block = super_block * s + tables.kept[..., None]
     mask = block[:, :, None] <= newest[:, None]
     pool = cache.unflatten(2, (per_page, pattern.num_kept, b))
     return _Span(pool, table[:num_pages], num_shared * b, mask.repeat_interleave(b, dim=-1))
