@@ -77,8 +77,9 @@ def test_group_larger_than_the_smallest_tile() -> None:
     batch.check(run(batch))
 
 
-def test_window_over_everything_is_dense_causal_attention() -> None:
-    pattern = S2Pattern.build(2, 1, block_size=16, local_blocks=7, vert_stride=4)
+@pytest.mark.parametrize("local_blocks", [7, 2**27, 2**40])
+def test_window_over_everything_is_dense_causal_attention(local_blocks: int) -> None:
+    pattern = S2Pattern.build(2, 1, block_size=16, local_blocks=local_blocks, vert_stride=4)
     batch = build_batch(Geometry(pattern), [(99, 1)])
     k, v = (x.repeat_interleave(2, dim=1).transpose(0, 1) for x in (batch.k, batch.v))
     dense = torch.nn.functional.scaled_dot_product_attention(batch.q.transpose(0, 1), k, v, scale=batch.scale)

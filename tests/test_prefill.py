@@ -55,7 +55,7 @@ def test_caches_with_any_strides() -> None:
     batch.check(run(batch))
 
 
-@pytest.mark.parametrize("local_blocks", [6, 100])
+@pytest.mark.parametrize("local_blocks", [6, 100, 2**27, 2**40])
 def test_window_over_everything_is_dense_causal_attention(local_blocks: int) -> None:
     length = 6 * 16 - 5
     pattern = S2Pattern.build(2, 1, block_size=16, local_blocks=local_blocks, vert_stride=4)

@@ -97,8 +97,8 @@ class HeadTables(NamedTuple):
 def head_tables(pattern: S2Pattern, device: torch.device) -> HeadTables:
     """The tables of `pattern` on `device`, made once and kept: CUDA graphs read them at every replay.
 
-    For callers that own none. An engine's layers own theirs: what an engine makes while it loads, it may put to
-    sleep.
+    For callers that own none. An engine's layers own theirs, because an engine may put to sleep what it makes
+    while it loads.
     """
     return make_head_tables(pattern, device)
 

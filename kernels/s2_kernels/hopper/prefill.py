@@ -20,7 +20,7 @@ from s2_kernels.hopper.producer import PANEL, produce
 from s2_kernels.hopper.schedule import TILE_M, UNIT
 from s2_kernels.launch.configs import launch_config, shape_key
 from s2_kernels.launch.device import num_multiprocessors
-from s2_kernels.launch.limits import LOG2_E
+from s2_kernels.launch.limits import LOG2_E, local_blocks
 from s2_kernels.layout import HeadTables
 from s2_kernels.paged.requests import UNALIGNED, PagedRequests
 from s2_kernels.pattern import S2Pattern
@@ -326,7 +326,7 @@ def _launch(
         GROUP_SIZE=pattern.group_size,
         HEAD_SIZE=head_size,
         PAGE_SLOTS=page_slots,
-        LOCAL_BLOCKS=pattern.local_blocks,
+        LOCAL_BLOCKS=local_blocks(pattern),
         VERT_STRIDE=pattern.vert_stride,
         NUM_KEPT=pattern.num_kept,
         HALF_START=max_seq_len > pattern.window_tokens,

@@ -7,6 +7,7 @@ import math
 import torch
 
 from s2_kernels.layout import MAX_HEAD_SIZE
+from s2_kernels.pattern import S2Pattern
 
 LOG2_E = math.log2(math.e)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -17,6 +18,11 @@ MIN_DOT_SIZE = 16
 def padded_head_size(head_size: int) -> int:
     """Elements of a head's vector in a kernel: a power of two that `tl.dot` takes."""
     return max(MIN_DOT_SIZE, 1 << (head_size - 1).bit_length())
+
+
+def local_blocks(pattern: S2Pattern) -> int:
+    """The window's blocks as the kernels count them, in 32 bits: no more than any sequence can have."""
+    return min(pattern.local_blocks, 2**31 // pattern.block_size)
 
 
 def refusal(

@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from s2_kernels.launch.configs import launch_config, shape_key
 from s2_kernels.launch.device import num_multiprocessors, nvidia_capability
-from s2_kernels.launch.limits import LOG2_E, MIN_DOT_SIZE, padded_head_size
+from s2_kernels.launch.limits import LOG2_E, MIN_DOT_SIZE, local_blocks, padded_head_size
 from s2_kernels.layout import HeadTables
 from s2_kernels.paged.decode_combine import combine_partial_results
 from s2_kernels.paged.decode_schedule import (
@@ -308,7 +308,7 @@ def paged_decode(
         "HEAD_SIZE": head_size,
         "HEAD_PADDED": head_padded,
         "BLOCK_SIZE": pattern.block_size,
-        "LOCAL_BLOCKS": pattern.local_blocks,
+        "LOCAL_BLOCKS": local_blocks(pattern),
         "VERT_STRIDE": pattern.vert_stride,
         "NUM_KEPT": pattern.num_kept,
         "REQUESTS_PADDED": max(MIN_REQUESTS_PADDED, triton.next_power_of_2(num_requests)),

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from s2_kernels.launch.configs import launch_config, shape_key
-from s2_kernels.launch.limits import LOG2_E, MIN_DOT_SIZE, padded_head_size
+from s2_kernels.launch.limits import LOG2_E, MIN_DOT_SIZE, local_blocks, padded_head_size
 from s2_kernels.layout import HeadTables
 from s2_kernels.paged.requests import UNALIGNED, PagedRequests
 from s2_kernels.pattern import S2Pattern
@@ -277,7 +277,7 @@ def paged_prefill(
         HEAD_PADDED=head_padded,
         PAGE_SLOTS=requests.window_cache.shape[2],
         BLOCK_SIZE=pattern.block_size,
-        LOCAL_BLOCKS=pattern.local_blocks,
+        LOCAL_BLOCKS=local_blocks(pattern),
         VERT_STRIDE=pattern.vert_stride,
         NUM_KEPT=pattern.num_kept,
         **config,
