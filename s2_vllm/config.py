@@ -35,7 +35,7 @@ class S2Config:
         block_size: tokens per block (b), a power of two from 16 to 128.
         homo_head: give every head the pattern of head 0.
         head_sliding_step: shift of the strided set from one pattern head to the next; None for
-            max(1, vert_stride // number of pattern heads).
+            max(1, vert_stride // number of query heads), as in DKernel.
         head_sliding_offset: shift of head 0.
         pattern_heads: whether KV heads or query heads have patterns of their own.
         dense_layers: indices of the layers that attend to everything.

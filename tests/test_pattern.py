@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from benchmarks.geometries import GEOMETRIES
 from s2_kernels.pattern import S2Pattern, first_returning_block
+from s2_vllm.config import S2Config
 
 REFERENCE = {name: geometry.pattern for name, geometry in GEOMETRIES.items()}
 PATTERN = {"block_size": 16, "local_blocks": 2, "vert_stride": 4, "residues": (0, 3), "num_kv_heads": 2}
@@ -39,7 +41,7 @@ def defined_to_attend(arguments: dict[str, Any], head: int, i: int, j: int) -> b
     """The definition, from the parameters as a model's configuration gives them."""
     heads = arguments["num_heads"] if arguments["pattern_heads"] == "query" else arguments["num_kv_heads"]
     step = arguments["head_sliding_step"]
-    step = max(1, arguments["vert_stride"] // heads) if step is None else step
+    step = max(1, arguments["vert_stride"] // arguments["num_heads"]) if step is None else step
     step = 0 if arguments["homo_head"] else step
     pattern_head = head * heads // arguments["num_heads"]
     shifted = j + pattern_head * step + arguments["head_sliding_offset"]
@@ -62,6 +64,60 @@ def test_build_follows_the_definition(arguments: dict[str, Any]) -> None:
         for h in range(pattern.num_heads)
     ]
     assert torch.equal(torch.tensor(attends), expected)
+
+
+def strided_blocks_of_dkernel(
+    num_heads: int, num_kv_heads: int, vert_stride: int, offset: int, homo_head: bool
+) -> list[list[int]]:
+    """The first strided block of every query head, in a list of its own, by DKernel's `get_sparse_attn_mask`.
+
+    It repeats the row of a KV head for its query heads, but takes the step from the number of query heads;
+    with `homo_head` it knows one head.
+    """
+    step = max(1, int(vert_stride / num_heads))
+    rows = []
+    for query_head in range(num_heads):
+        h = 0 if homo_head else query_head // (num_heads // num_kv_heads)
+        rows.append([j for j in range(vert_stride) if (j + h * step + offset) % vert_stride == 0])
+    return rows
+
+
+@given(
+    num_kv_heads=st.integers(1, 40),
+    group=st.integers(1, 12),
+    vert_stride=st.integers(1, 70),
+    offset=st.integers(0, 90),
+    homo_head=st.booleans(),
+)
+@example(num_kv_heads=2, group=3, vert_stride=5, offset=0, homo_head=False)
+@example(num_kv_heads=8, group=4, vert_stride=16, offset=0, homo_head=False)
+@example(num_kv_heads=2, group=2, vert_stride=9, offset=3, homo_head=True)
+def test_defaults_are_dkernels(
+    num_kv_heads: int, group: int, vert_stride: int, offset: int, homo_head: bool
+) -> None:
+    num_heads = num_kv_heads * group
+    by_kv_head = S2Config(16, vert_stride, homo_head=homo_head, head_sliding_offset=offset)
+    expected = strided_blocks_of_dkernel(num_heads, num_kv_heads, vert_stride, offset, homo_head)
+    assert [[r] for r in by_kv_head.pattern(num_heads, num_kv_heads).residues] == expected
+    # DKernel has no query heads with patterns of their own but those of a model without grouped queries.
+    assume(homo_head or group <= vert_stride)
+    by_query_head = replace(by_kv_head, pattern_heads="query")
+    expected = strided_blocks_of_dkernel(num_heads, num_heads, vert_stride, offset, homo_head)
+    assert [[r] for r in by_query_head.pattern(num_heads, num_kv_heads).residues] == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "residues"),
+    [
+        ("phi3-small", [7, 6, 5, 4, 3, 2, 1, 0] * 4),
+        ("hhst-8b", [r for r in (0, 7, 6, 5, 4, 3, 2, 1) for _ in range(4)]),
+        ("s2-1.3b", [0, 7, 6, 5, 4, 3, 2, 1] * 2),
+        ("s2-7b", [0, *range(15, 0, -1)] * 2),
+        ("s2-70b", [0, *range(31, 0, -1)] * 2),
+    ],
+)
+def test_residues_of_the_reference_geometries(name: str, residues: list[int]) -> None:
+    assert REFERENCE[name].residues == tuple(residues)
 
 
 @given(build_arguments())

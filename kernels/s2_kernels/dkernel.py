@@ -180,9 +180,8 @@ class LocalStrideSparseAttention(SparseAttention):
         """Make the module for one pattern; modules with the same pattern share its mask.
 
         KV head h attends to every older block j with (j + h * step + head_sliding_offset) mod vert_stride
-        == 0, step = max(1, vert_stride // num_heads). `step` follows the query heads, as in DKernel, where
-        `S2Pattern.build` counts the heads that the pattern tells apart: with fewer KV heads than query heads
-        and a stride above the number of KV heads the two differ.
+        == 0, step = max(1, vert_stride // num_heads): the query heads decide the step, as in
+        `S2Pattern.build`.
 
         Args:
             num_heads: query heads.

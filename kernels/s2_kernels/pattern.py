@@ -83,8 +83,9 @@ class S2Pattern:
 
         Pattern head h (a KV head, or a query head when `pattern_heads` is "query") attends to every
         older block j with (j + h * step + head_sliding_offset) mod vert_stride == 0. `step` is
-        `head_sliding_step`, by default max(1, vert_stride // number of pattern heads), and 0 when
-        `homo_head` gives all heads one pattern.
+        `head_sliding_step`, by default max(1, vert_stride // num_heads), and 0 when `homo_head` gives all
+        heads one pattern. The default counts query heads whatever h counts, as DKernel's does: another
+        would give a model trained with DKernel a mask that it was not trained with.
         """
         _check_positive("num_heads", num_heads)
         _check_positive("num_kv_heads", num_kv_heads)
@@ -99,10 +100,9 @@ class S2Pattern:
                 f"vert_stride: {vert_stride}, expected at least {group} with pattern_heads 'query', for "
                 f"the {group} query heads of a KV head to have a residue each"
             )
-        num_pattern_heads = num_heads if pattern_heads == "query" else num_kv_heads
         step = head_sliding_step
         if step is None:
-            step = max(1, vert_stride // num_pattern_heads)
+            step = max(1, vert_stride // num_heads)
         if homo_head:
             step = 0
         residues = tuple(

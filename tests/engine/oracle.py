@@ -35,7 +35,7 @@ def sparse_mask(
     num_pattern_heads = num_heads if s2.get("pattern_heads", "kv") == "query" else num_kv_heads
     step = s2.get("head_sliding_step")
     if step is None:
-        step = max(1, stride // num_pattern_heads)
+        step = max(1, stride // num_heads)
     if s2.get("homo_head", False):
         step = 0
     pattern_head = torch.arange(num_heads) // (num_heads // num_pattern_heads)

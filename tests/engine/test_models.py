@@ -84,6 +84,11 @@ CASES = {family: Case(MIXED, family=family) for family in FAMILIES} | {
         {"block_size": 16, "local_blocks": 2, "vert_stride": 4, "dense_layers": [2]},
         {"num_attention_heads": 6, "hidden_size": 192},
     ),
+    # The default step counts the six query heads, not the two KV heads that h counts: 1, and not 2.
+    "default_step": Case(
+        {"block_size": 16, "local_blocks": 2, "vert_stride": 5},
+        {"num_attention_heads": 6, "hidden_size": 192},
+    ),
     "block_64": Case({"block_size": 64, "local_blocks": 2, "vert_stride": 3, "dense_layers": [0]}, chunk=97),
     "block_128": Case(
         {"block_size": 128, "local_blocks": 1, "vert_stride": 2, "dense_layers": [2]}, chunk=97
