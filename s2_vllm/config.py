@@ -7,18 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from s2_kernels.pattern import PatternHeads, S2Pattern
 
 KEY = "s2_attention"
 
-PHI3_SMALL_KEYS = {
-    "blocksparse_block_size": "block_size",
-    "blocksparse_num_local_blocks": "local_blocks",
-    "blocksparse_vert_stride": "vert_stride",
-    "blocksparse_homo_head_pattern": "homo_head",
-}
+_MODEL_KEYS = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
+"""Arguments of `S2Pattern.build` that come from the model's own keys."""
 
 
 class S2ConfigError(ValueError):
@@ -40,6 +36,9 @@ class S2Config:
         pattern_heads: whether KV heads or query heads have patterns of their own.
         dense_layers: indices of the layers that attend to everything.
     """
+
+    OTHER_NAMES: ClassVar[Mapping[str, str]] = {}
+    """Keys of config.json that stand for an attribute, where they are not those of `s2_attention`."""
 
     local_blocks: int
     vert_stride: int
@@ -64,24 +63,64 @@ class S2Config:
                 raise S2ConfigError(f"{KEY}.{key}: unknown key, expected one of {_names()}")
         for field in fields(cls):
             if field.default is MISSING and field.name not in raw:
-                raise S2ConfigError(f"{KEY}.{field.name}: missing, expected a positive integer")
+                raise cls.error(field.name, "missing, expected a positive integer")
         values = dict(raw)
         for key, low in (("local_blocks", 1), ("vert_stride", 1), ("block_size", 1)):
             if key in values:
-                _check_int(key, values[key], low)
+                cls._check_int(key, values[key], low)
         if values.get("head_sliding_step") is not None:
-            _check_int("head_sliding_step", values["head_sliding_step"], 0)
-        _check_int("head_sliding_offset", values.get("head_sliding_offset", 0), 0)
-        _check_block_size(values.get("block_size", cls.block_size))
+            cls._check_int("head_sliding_step", values["head_sliding_step"], 0)
+        cls._check_int("head_sliding_offset", values.get("head_sliding_offset", 0), 0)
+        cls._check_block_size(values.get("block_size", cls.block_size))
         if not isinstance(values.get("homo_head", False), bool):
-            raise S2ConfigError(f"{KEY}.homo_head: {values['homo_head']!r}, expected true or false")
+            raise cls.error("homo_head", f"{values['homo_head']!r}, expected true or false")
         if values.get("pattern_heads", "kv") not in ("kv", "query"):
-            raise S2ConfigError(f"{KEY}.pattern_heads: {values['pattern_heads']!r}, expected 'kv' or 'query'")
-        values["dense_layers"] = _check_dense_layers(values.get("dense_layers", ()), num_layers)
+            raise cls.error("pattern_heads", f"{values['pattern_heads']!r}, expected 'kv' or 'query'")
+        values["dense_layers"] = cls._check_dense_layers(values.get("dense_layers", ()), num_layers)
         return cls(**values)
 
+    @classmethod
+    def error(cls, name: str, problem: str) -> S2ConfigError:
+        """The error about `name`, by the key that a config.json has for it.
+
+        Args:
+            name: an attribute, or an argument of `S2Pattern.build`.
+            problem: the value and what was expected.
+        """
+        key = {**_MODEL_KEYS, **cls.OTHER_NAMES}.get(name, f"{KEY}.{name}")
+        return S2ConfigError(f"{key}: {problem}")
+
+    @classmethod
+    def _check_int(cls, name: str, value: object, low: int) -> None:
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise cls.error(name, f"{value!r}, expected an integer of at least {low}")
+
+    @classmethod
+    def _check_block_size(cls, value: int) -> None:
+        if value not in (16, 32, 64, 128):
+            raise cls.error("block_size", f"{value}, expected a power of two from 16 to 128")
+
+    @classmethod
+    def _check_dense_layers(cls, value: object, num_layers: int) -> tuple[int, ...]:
+        if not isinstance(value, (list, tuple)):
+            raise cls.error("dense_layers", f"{value!r}, expected a list of layer indices")
+        for layer in value:
+            if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < num_layers:
+                raise cls.error(
+                    "dense_layers", f"{layer!r}, expected layer indices from 0 to {num_layers - 1}"
+                )
+        if len(set(value)) != len(value):
+            raise cls.error("dense_layers", f"{list(value)}, expected each layer once")
+        if len(value) == num_layers:
+            raise cls.error("dense_layers", f"all {num_layers} layers, expected at least one sparse layer")
+        return tuple(sorted(value))
+
     def pattern(self, num_heads: int, num_kv_heads: int) -> S2Pattern:
-        """The pattern of a sparse layer with these heads, all tensor-parallel ranks together."""
+        """The pattern of a sparse layer with these heads, all tensor-parallel ranks together.
+
+        Raises:
+            S2ConfigError: no such pattern for these heads; it names the key of the model's config.json.
+        """
         try:
             return S2Pattern.build(
                 num_heads,
@@ -95,7 +134,22 @@ class S2Config:
                 pattern_heads=self.pattern_heads,
             )
         except ValueError as error:
-            raise S2ConfigError(f"{KEY}.{error}") from error
+            # The heads are not of this key: the model's config.json has keys of its own for them.
+            name, problem = str(error).split(": ", 1)
+            for argument, key in _MODEL_KEYS.items():
+                problem = problem.replace(argument, key)
+            raise self.error(name, problem) from error
+
+
+class Phi3SmallPattern(S2Config):
+    """A pattern that config.json describes by Phi-3-small's keys."""
+
+    OTHER_NAMES: ClassVar[Mapping[str, str]] = {
+        "block_size": "blocksparse_block_size",
+        "local_blocks": "blocksparse_num_local_blocks",
+        "vert_stride": "blocksparse_vert_stride",
+        "homo_head": "blocksparse_homo_head_pattern",
+    }
 
 
 def find_config(hf_config: Mapping[str, Any], num_layers: int) -> S2Config | None:
@@ -121,47 +175,14 @@ def _from_phi3_small(hf_config: Mapping[str, Any], num_layers: int) -> S2Config 
         raise S2ConfigError(f"dense_attention_every_n_layers: {every!r}, expected a positive integer")
     if every == 1:
         return None
-    values = {name: hf_config.get(key) for key, name in PHI3_SMALL_KEYS.items()}
+    values = {name: hf_config.get(key) for name, key in Phi3SmallPattern.OTHER_NAMES.items()}
     values |= {
         "head_sliding_offset": 1,
         "pattern_heads": "query",
         "dense_layers": [i for i in range(num_layers) if (i + 1) % every == 0],
     }
-    try:
-        return S2Config.parse(values, num_layers)
-    except S2ConfigError as error:
-        message = str(error)
-        for key, name in PHI3_SMALL_KEYS.items():
-            message = message.replace(f"{KEY}.{name}:", f"{key}:")
-        raise S2ConfigError(message) from error
+    return Phi3SmallPattern.parse(values, num_layers)
 
 
 def _names() -> list[str]:
     return [field.name for field in fields(S2Config)]
-
-
-def _check_int(key: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise S2ConfigError(f"{KEY}.{key}: {value!r}, expected an integer of at least {low}")
-
-
-def _check_block_size(value: int) -> None:
-    if value not in (16, 32, 64, 128):
-        raise S2ConfigError(f"{KEY}.block_size: {value}, expected a power of two from 16 to 128")
-
-
-def _check_dense_layers(value: object, num_layers: int) -> tuple[int, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise S2ConfigError(f"{KEY}.dense_layers: {value!r}, expected a list of layer indices")
-    for layer in value:
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < num_layers:
-            raise S2ConfigError(
-                f"{KEY}.dense_layers: {layer!r}, expected layer indices from 0 to {num_layers - 1}"
-            )
-    if len(set(value)) != len(value):
-        raise S2ConfigError(f"{KEY}.dense_layers: {list(value)}, expected each layer once")
-    if len(value) == num_layers:
-        raise S2ConfigError(
-            f"{KEY}.dense_layers: all {num_layers} layers, expected at least one sparse layer"
-        )
-    return tuple(sorted(value))

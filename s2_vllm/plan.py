@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from s2_kernels.layout import MAX_HEAD_SIZE, TierLayout
 from s2_kernels.pattern import S2Pattern
-from s2_vllm.config import KEY, S2Config, S2ConfigError
+from s2_vllm.config import S2Config, S2ConfigError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -205,9 +205,10 @@ def make_plan(
     except ValueError as error:
         raise S2ConfigError(str(error)) from error
     if num_kept >= pattern.vert_stride:
-        raise S2ConfigError(
-            f"{KEY}.vert_stride: {pattern.vert_stride}, expected more than the {num_kept} residues that "
-            "each KV head keeps: a sparse layer would store as much as a dense one"
+        raise config.error(
+            "vert_stride",
+            f"{pattern.vert_stride}, expected more than the {num_kept} residues that each KV head keeps: a "
+            "sparse layer would store as much as a dense one",
         )
     unit = math.lcm(num_kept * pattern.block_size, PAGE_SLOTS_MULTIPLE)
     dense = config.dense_layers

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 
 from s2_vllm.config import S2Config, S2ConfigError, find_config
+from s2_vllm.plan import ModelGeometry, make_plan
 
 LAYERS = 4
 
@@ -196,6 +198,20 @@ def test_more_query_heads_than_the_stride_has_residues() -> None:
         config.pattern(num_heads=8, num_kv_heads=2)
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "message"),
+    [
+        (16, 3, "num_attention_heads: 16, expected a multiple of num_key_value_heads (3)"),
+        (0, 1, "num_attention_heads: 0, expected a positive integer"),
+        (8, 0, "num_key_value_heads: 0, expected a positive integer"),
+    ],
+)
+def test_heads_are_named_by_the_models_keys(heads: int, kv_heads: int, message: str) -> None:
+    with pytest.raises(S2ConfigError) as caught:
+        S2Config(4, 8).pattern(heads, kv_heads)
+    assert str(caught.value) == message
+
+
 def test_find_config() -> None:
     assert find_config({"s2_attention": GOOD, "num_hidden_layers": LAYERS}, LAYERS) == S2Config(4, 8)
 
@@ -227,16 +243,18 @@ PHI3_SMALL: dict[str, Any] = {
 
 
 def test_phi3_small_keys() -> None:
-    assert find_config(PHI3_SMALL, num_layers=32) == S2Config(
-        local_blocks=16,
-        vert_stride=8,
-        block_size=64,
-        homo_head=False,
-        head_sliding_step=None,
-        head_sliding_offset=1,
-        pattern_heads="query",
-        dense_layers=tuple(range(1, 32, 2)),
-    )
+    config = find_config(PHI3_SMALL, num_layers=32)
+    assert config is not None
+    assert asdict(config) == {
+        "local_blocks": 16,
+        "vert_stride": 8,
+        "block_size": 64,
+        "homo_head": False,
+        "head_sliding_step": None,
+        "head_sliding_offset": 1,
+        "pattern_heads": "query",
+        "dense_layers": tuple(range(1, 32, 2)),
+    }
 
 
 @pytest.mark.parametrize(
@@ -272,3 +290,19 @@ def test_wrong_phi3_small_value(key: str, value: object) -> None:
     with pytest.raises(S2ConfigError) as caught:
         find_config(PHI3_SMALL | {key: value}, num_layers=32)
     assert str(caught.value).startswith(f"{key}: {value!r}, expected ")
+
+
+@pytest.mark.parametrize(
+    ("stride", "heads", "message"),
+    [
+        (2, 32, "blocksparse_vert_stride: 2, expected at least 4 with pattern_heads 'query'"),
+        (4, 32, "blocksparse_vert_stride: 4, expected more than the 4 residues that each KV head keeps"),
+        (8, 28, "num_attention_heads: 28, expected a multiple of num_key_value_heads (8)"),
+    ],
+)
+def test_phi3_smalls_keys_are_named_by_the_plan_too(stride: int, heads: int, message: str) -> None:
+    config = find_config(PHI3_SMALL | {"blocksparse_vert_stride": stride}, num_layers=32)
+    assert config is not None
+    with pytest.raises(S2ConfigError) as caught:
+        make_plan(config, ModelGeometry(32, heads, 8, 128, 2))
+    assert str(caught.value).startswith(message)

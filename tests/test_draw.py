@@ -109,6 +109,15 @@ def test_svg_names_every_head_in_order(tmp_path: Path) -> None:
         assert label in svg
 
 
+def test_draws_on_the_cpu_whatever_the_default_device(tmp_path: Path) -> None:
+    pattern = S2Pattern.build(2, 2, local_blocks=2, vert_stride=3)
+    expected = cell_colors(pattern, 7)
+    with torch.device("meta"):
+        assert torch.equal(cell_colors(pattern, 7), expected)
+        pattern.draw(tmp_path / "pattern.png", 7)
+    assert (tmp_path / "pattern.png").stat().st_size
+
+
 @pytest.mark.parametrize("name", ["pattern.gif", "pattern"])
 def test_refuses_other_formats(name: str, tmp_path: Path) -> None:
     suffix = Path(name).suffix

@@ -94,9 +94,9 @@ def draw_pattern(pattern: Drawable, path: str | Path, num_blocks: int | None = N
 
 
 def cell_colors(pattern: Drawable, num_blocks: int) -> torch.Tensor:
-    """The colour of every cell: uint8 [num_heads, query blocks, key blocks, RGB]."""
-    query = torch.arange(num_blocks)[:, None]
-    key = torch.arange(num_blocks)[None, :]
+    """The colour of every cell: uint8 [num_heads, query blocks, key blocks, RGB], on the CPU."""
+    query = torch.arange(num_blocks, device="cpu")[:, None]
+    key = torch.arange(num_blocks, device="cpu")[None, :]
     cells = _rgb(DROPPED_COLOR).expand(pattern.num_heads, num_blocks, num_blocks, 3).clone()
     cells[pattern.block_mask(num_blocks)] = _rgb(STRIDED_COLOR)
     cells[:, query - key < pattern.local_blocks] = _rgb(WINDOW_COLOR)
@@ -114,4 +114,4 @@ def _draw_head(axes: Axes, cells: torch.Tensor, title: str) -> None:
 
 
 def _rgb(color: str) -> torch.Tensor:
-    return torch.tensor(list(bytes.fromhex(color[1:])), dtype=torch.uint8)
+    return torch.tensor(list(bytes.fromhex(color[1:])), dtype=torch.uint8, device="cpu")
