@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-from s2_vllm.models.phi3_small_tokenizer import untrained_token_ids
+from s2_vllm.models.phi3_small_tokenizer import UNTRAINED_TOKEN_IDS
 
 _ROPE_KEYS = {
     "rope_type",
@@ -28,7 +28,8 @@ class Phi3SmallConfig(PreTrainedConfig):
     Attributes:
         rope_parameters: the rotary embedding, in transformers' standard form; config.json has it as
             `rope_embedding_base` and `rope_scaling`.
-        dummy_token_indices: ids whose logits are masked; by default the untrained special tokens.
+        dummy_token_indices: ids whose logits are masked; by default the untrained special tokens of the
+            published tokenizer, whatever `vocab_size` is: a model can have more rows than tokens.
 
     Raises:
         ValueError: a value that the model cannot be run with.
@@ -84,7 +85,7 @@ class Phi3SmallConfig(PreTrainedConfig):
             # vLLM reads it here: without --max-model-len it serves that length, with the short factors.
             self.original_max_position_embeddings = self.rope_parameters["original_max_position_embeddings"]
         if self.dummy_token_indices is None:
-            self.dummy_token_indices = untrained_token_ids(self.vocab_size)
+            self.dummy_token_indices = [i for i in UNTRAINED_TOKEN_IDS if i < self.vocab_size]
         self.check()
         super().__post_init__(**kwargs)
 

@@ -31,18 +31,13 @@ SPECIAL_TOKENS = (
 )
 """In the order of their ids, which follow the vocabulary file's: 100256 to 100351."""
 
+_FIRST_SPECIAL_ID = 100256
 _UNTRAINED = ("<|dummy_id_", "<|fim_", "<|endofprompt|>")
 
-
-def untrained_token_ids(vocab_size: int) -> list[int]:
-    """Ids that the model never learned to use; tokenization_phi3_small.py calls them dummies.
-
-    Args:
-        vocab_size: of the model, whose last ids are those of the special tokens.
-    """
-    first = vocab_size - len(SPECIAL_TOKENS)
-    ids = [first + i for i, token in enumerate(SPECIAL_TOKENS) if token.startswith(_UNTRAINED)]
-    return [i for i in ids if i >= 0]
+UNTRAINED_TOKEN_IDS = tuple(
+    _FIRST_SPECIAL_ID + i for i, token in enumerate(SPECIAL_TOKENS) if token.startswith(_UNTRAINED)
+)
+"""Ids that the published models never learned to use; tokenization_phi3_small.py calls them dummies."""
 
 
 class Phi3SmallTokenizer(TokenizersBackend):

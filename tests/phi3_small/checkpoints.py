@@ -23,7 +23,7 @@ SPECIAL_TOKEN_OFFSETS = {
     "<|assistant|>": 7,
     "<|end|>": 10,
 }
-"""Places of the trained ones among the 96 special ids at the end, 100256 to 100351 in the real ones."""
+"""Places of the trained ones among the 96 special ids, 100256 to 100351 in the real ones."""
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Phi3SmallForCausalLM"],
@@ -40,6 +40,9 @@ CONFIG: dict[str, Any] = {
     "blocksparse_vert_stride": 8,
     "bos_token_id": 417,
     "dense_attention_every_n_layers": 2,
+    "dummy_token_indices": [
+        NUM_ORDINARY_TOKENS + i for i in range(96) if i not in SPECIAL_TOKEN_OFFSETS.values()
+    ],
     "embedding_dropout_prob": 0.1,
     "eos_token_id": 417,
     "ff_dim_multiplier": None,
@@ -69,7 +72,10 @@ CONFIG: dict[str, Any] = {
     "use_cache": True,
     "vocab_size": 512,
 }
-"""The keys of Phi-3-small-8k-instruct's config.json; 4 query heads to a KV head, stride 8."""
+"""The keys of Phi-3-small-8k-instruct's config.json; 4 query heads to a KV head, stride 8.
+
+And `dummy_token_indices`: the published code has the real vocabulary's.
+"""
 
 REAL_PATTERN = {
     "blocksparse_block_size": 64,

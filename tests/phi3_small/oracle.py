@@ -18,10 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-# A vocabulary ends in 96 special ids, 100256 to 100351 in the real ones. All are dummies, except these:
-# <|endoftext|>, <|system|>, <|user|>, <|assistant|> and <|end|>.
-NUM_SPECIAL_IDS = 96
-TRAINED_SPECIAL_IDS = {1, 5, 6, 7, 10}
+# The special ids are 100256 to 100351. All are dummies, except these: <|endoftext|>, <|system|>, <|user|>,
+# <|assistant|> and <|end|>.
+SPECIAL_IDS = range(100256, 100352)
+TRAINED_SPECIAL_IDS = {100257, 100261, 100262, 100263, 100266}
+DUMMY_IDS = [i for i in SPECIAL_IDS if i not in TRAINED_SPECIAL_IDS]
 
 Cache = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -75,6 +76,8 @@ class Oracle:
         self.weights = {name: weight.float() for name, weight in self.weights.items()}
         self.rope_length = rope_length
         self.head_size = self.config["hidden_size"] // self.config["num_attention_heads"]
+        ids = self.config.get("dummy_token_indices")
+        self.masked_ids: list[int] = DUMMY_IDS if ids is None else ids
 
     def is_sparse(self, layer: int) -> bool:
         """Whether the layer has the pattern; every `dense_attention_every_n_layers`-th has not."""
@@ -127,8 +130,7 @@ class Oracle:
         logits = x @ self.weights["model.embed_tokens.weight"].T
         if config["mup_width_multiplier"]:
             logits = logits / config["mup_width_multiplier"]
-        for special in set(range(NUM_SPECIAL_IDS)) - TRAINED_SPECIAL_IDS:
-            logits[:, config["vocab_size"] - NUM_SPECIAL_IDS + special] = float("-inf")
+        logits[:, self.masked_ids] = float("-inf")
         return logits
 
     def _attention(

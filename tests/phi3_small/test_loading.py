@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-SHAPE = {"num_hidden_layers": 2, "vocab_size": 384}
+SHAPE = {"num_hidden_layers": 2}
 
 Weights = dict[str, torch.Tensor]
 
@@ -43,7 +43,7 @@ TENSORS: dict[str, tuple[str, Callable[[Weights], None]]] = {
     "long_mlp": (name := "model.layers.1.mlp.up_proj.weight", _with(name, 512, 256)),
     "short_mlp": (name := "model.layers.1.mlp.down_proj.weight", _with(name, 256, 128)),
     "short_norm": (name := "model.layers.1.input_layernorm.weight", _with(name, 128)),
-    "large_vocabulary": (name := "model.embed_tokens.weight", _with(name, 512, 256)),
+    "large_vocabulary": (name := "model.embed_tokens.weight", _with(name, 640, 256)),
 }
 """The tensor to be named, and what is wrong with it."""
 
