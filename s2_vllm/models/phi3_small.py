@@ -29,6 +29,8 @@ from vllm.sequence import IntermediateTensors
 
 from s2_vllm.models.phi3_small_config import Phi3SmallConfig
 
+LM_HEAD = "lm_head.weight"
+
 
 def gegelu(x: torch.Tensor, limit: float) -> torch.Tensor:
     """GeGELU over interleaved halves: quick_gelu(even columns) * (odd columns + 1), both clamped.
@@ -240,19 +242,22 @@ class Phi3SmallForCausalLM(nn.Module, SupportsQuant):
         self.config: Phi3SmallConfig = vllm_config.model_config.hf_config
         config = self.config
         self.model = Phi3SmallModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-        self.lm_head = ParallelLMHead(
-            config.vocab_size,
-            config.hidden_size,
-            quant_config=vllm_config.quant_config,
-            prefix=maybe_prefix(prefix, "lm_head"),
-        )
-        if config.tie_word_embeddings:
-            self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        # Tied, it is the same module: two modules of one parameter can each keep a packed copy of it, and
+        # vLLM renews one of them when it loads new weights.
+        self.lm_head: VocabParallelEmbedding = self.model.embed_tokens
+        if not config.tie_word_embeddings:
+            self.lm_head = ParallelLMHead(
+                config.vocab_size,
+                config.hidden_size,
+                quant_config=vllm_config.quant_config,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            )
         self.logits_processor = LogitsProcessor(
             config.vocab_size, scale=1 / (config.mup_width_multiplier or 1.0)
         )
         masked = torch.tensor(config.dummy_token_indices or [], dtype=torch.long)
         self.register_buffer("masked_token_ids", masked, persistent=False)
+        self._is_loaded = False
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.model.embed_input_ids(input_ids)
@@ -273,26 +278,35 @@ class Phi3SmallForCausalLM(nn.Module, SupportsQuant):
             logits.index_fill_(-1, self.masked_token_ids, float("-inf"))
         return logits
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a checkpoint under its original names.
+    def process_weights_after_loading(self) -> None:
+        """vLLM calls it when the weights that the model starts with are in place, dummy ones included."""
+        self._is_loaded = True
 
-        vLLM itself cuts a tensor that is too large, and does not miss one of a linear layer.
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load tensors under their original names: a whole checkpoint at start, any of them later.
+
+        Trainers push new weights into a running model, one tensor or bucket to a call. vLLM itself cuts a
+        tensor that is too large, and does not miss one of a linear layer.
 
         Raises:
-            ValueError: a tensor is missing, unknown or of another shape; the message names it.
+            ValueError: a tensor is unknown or of another shape, or missing at start; the message names it.
         """
         shapes = checkpoint_shapes(self.config)
-        quantized = self.quant_config is not None
-        loaded = AutoWeightsLoader(self).load_weights(_checked(weights, shapes, quantized))
-        missing = shapes.keys() - loaded
-        if self.config.tie_word_embeddings:
-            missing -= {"lm_head.weight"}
-        if quantized:
+        # Tied, the head is the embeddings; vLLM's loader would then expect both in the same call.
+        tied = {LM_HEAD} if self.config.tie_word_embeddings else set()
+        checked = _checked(weights, shapes, self.quant_config is not None)
+        loaded = AutoWeightsLoader(self).load_weights((n, tensor) for n, tensor in checked if n not in tied)
+        if not self._is_loaded:
+            self._check_complete(loaded, shapes.keys() - tied)
+        return loaded
+
+    def _check_complete(self, loaded: set[str], expected: set[str]) -> None:
+        missing = expected - loaded
+        if self.quant_config is not None:
             modules = {name.rpartition(".")[0] for name in loaded if not name.endswith(".bias")}
             missing = {n for n in missing if not (_is_linear(n) and n.rpartition(".")[0] in modules)}
         if missing:
             raise ValueError(f"tensors missing in the checkpoint: {sorted(missing)}")
-        return loaded
 
 
 def checkpoint_shapes(config: Phi3SmallConfig) -> dict[str, tuple[int, ...]]:
@@ -311,7 +325,7 @@ def checkpoint_shapes(config: Phi3SmallConfig) -> dict[str, tuple[int, ...]]:
         modules |= {f"model.layers.{i}.{name}": shape for name, shape in {**linears, **norms}.items()}
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config.vocab_size, hidden),
-        "lm_head.weight": (config.vocab_size, hidden),
+        LM_HEAD: (config.vocab_size, hidden),
     }
     for name, shape in modules.items():
         shapes[f"{name}.weight"] = shape

@@ -31,7 +31,7 @@ def test_a_vocabulary_without_special_ids_has_none_masked() -> None:
 
 
 def test_an_answer_can_end(tmp_path: Path) -> None:
-    """Trained special tokens can be generated, `<|end|>` among them; no dummy can; the rest is the oracle's."""
+    """`<|end|>` and the other trained special tokens can be generated, a dummy cannot."""
     vocab_size = TOKENS + 1
     folder = save_checkpoint(tmp_path, num_hidden_layers=1, vocab_size=vocab_size, dummy_token_indices=None)
     prompt = [100257, 100262, 5, 100266, 100263, vocab_size - 1]
