@@ -6,6 +6,7 @@ PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+MUTATION := $(VENV)/.mutation
 DEMO := demo-output
 
 DEVICE := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
@@ -15,12 +16,13 @@ SERVE_FLAGS_cpu := --dtype float32 --enforce-eager --kv-cache-memory-bytes 512M
 SERVE_FLAGS_cuda :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test serve lint clean
+.PHONY: help setup demo test mutants serve lint clean
 
 help:
 	@echo "make setup   make $(VENV) with vLLM ($(DEVICE)), this plugin and what its tests need"
 	@echo "make demo    make a small S2 checkpoint and serve a batch of prompts from it"
 	@echo "make test    run the tests; those that need a GPU are skipped without one"
+	@echo "make mutants change the code in small ways: do the tests notice? (MODULES=s2_vllm.plan ...)"
 	@echo "make serve   serve the demo's checkpoint with 'vllm serve' on port $(PORT) (PORT=...)"
 	@echo "make lint    run ruff and mypy"
 	@echo "make clean   remove $(VENV) and everything that was made"
@@ -50,6 +52,13 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+$(MUTATION): $(READY)
+	$(BIN)/pip install -e '.[mutation]'
+	@touch $@
+
+mutants: $(MUTATION)
+	$(BIN)/python -m tests.mutation $(MODULES)
 
 serve: $(READY)
 	$(BIN)/python -m s2_vllm.demo --checkpoint-only $(DEMO)/checkpoint

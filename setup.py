@@ -36,6 +36,8 @@ setup(
             "triton; platform_system == 'Linux'",
         ],
         "bench": ["aiohttp", "xformers"],
+        # Only its mutation operators are used, and they are no public interface.
+        "mutation": ["libcst", "mutmut==3.8.1"],
     },
     entry_points={
         "vllm.general_plugins": ["s2 = s2_vllm:register"],
