@@ -306,3 +306,14 @@ def test_phi3_smalls_keys_are_named_by_the_plan_too(stride: int, heads: int, mes
     with pytest.raises(S2ConfigError) as caught:
         make_plan(config, ModelGeometry(32, heads, 8, 128, 2))
     assert str(caught.value).startswith(message)
+
+
+def test_find_config_checks_the_layers() -> None:
+    with pytest.raises(
+        S2ConfigError, match=r"^s2_attention\.dense_layers: 4, expected layer indices from 0 to 3$"
+    ):
+        find_config({"s2_attention": GOOD | {"dense_layers": [4]}}, LAYERS)
+
+
+def test_a_phi3_small_with_every_layer_dense_has_no_pattern() -> None:
+    assert find_config(PHI3_SMALL | {"dense_attention_every_n_layers": 1}, LAYERS) is None

@@ -97,3 +97,26 @@ def test_a_page_holds_whole_super_blocks(page_slots: int) -> None:
     message = rf"page_slots: {page_slots}, expected a multiple of 256 \(4 kept residues x block_size 64\)"
     with pytest.raises(ValueError, match=message):
         TierLayout(pattern, page_slots)
+
+
+def test_the_smallest_page() -> None:
+    layout = TierLayout(S2Pattern.build(2, 2, block_size=1, local_blocks=1, vert_stride=2), 1)
+    assert layout.strided_page_tokens == 2
+    # Of two tokens each head keeps one: head 0 those at even positions, head 1 the others.
+    assert [layout.strided_slot(0, position) for position in range(4)] == [(0, 0), None, (1, 0), None]
+    assert [layout.strided_slot(1, position) for position in range(4)] == [None, (0, 0), None, (1, 0)]
+
+
+def test_head_tables_of_a_pattern_written_out() -> None:
+    pattern = S2Pattern(16, 2, 5, (3, 1, 4, 3), num_kv_heads=2)
+    tables = head_tables(pattern, torch.device("cpu"))
+    assert tables.residue.tolist() == [3, 1, 4, 3]
+    assert tables.rank.tolist() == [1, 0, 1, 0]
+    assert tables.kept.tolist() == [[1, 3], [3, 4]]
+    assert tables.rank_of_residue.tolist() == [[-1, 0, -1, 1, -1], [-1, -1, -1, 0, 1]]
+
+
+def test_head_tables_are_on_the_device_that_was_asked_for() -> None:
+    with torch.device("meta"):
+        tables = head_tables(S2Pattern(16, 2, 7, (6, 2), num_kv_heads=1), torch.device("cpu"))
+    assert {table.device.type for table in tables} == {"cpu"}

@@ -294,3 +294,27 @@ def test_errors_of_build(arguments: dict[str, Any], message: str) -> None:
 def test_errors_of_shard(rank: int, size: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         S2Pattern.build(12, 6).shard(rank, size)
+
+
+def test_defaults_of_build() -> None:
+    assert S2Pattern.build(2, 2) == S2Pattern(64, 16, 8, (0, 4), 2)
+
+
+def test_tokens_of_a_window_and_of_a_super_block() -> None:
+    pattern = S2Pattern(32, 3, 5, (0,), 1)
+    assert (pattern.window_tokens, pattern.super_block_tokens) == (96, 160)
+
+
+def test_block_mask_is_on_the_cpu_whatever_the_default_device_is() -> None:
+    pattern = S2Pattern.build(2, 2, local_blocks=2)
+    with torch.device("meta"):
+        mask = pattern.block_mask(9)
+    assert torch.equal(mask, pattern.block_mask(9))
+
+
+def test_what_is_said_of_kv_heads_that_keep_different_numbers_of_residues() -> None:
+    with pytest.raises(ValueError, match="KV heads keep") as caught:
+        S2Pattern(16, 2, 4, (0, 0, 1, 2), 2)
+    assert str(caught.value) == (
+        "residues: KV heads keep [1, 2] residues, expected the same number for every KV head"
+    )

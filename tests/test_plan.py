@@ -10,12 +10,20 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config, resolve_kv_cache_block_sizes
-from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
 from benchmarks.geometries import SERVED
 from s2_vllm.config import S2Config, S2ConfigError
-from s2_vllm.plan import CachePlan, ModelGeometry, make_plan
-from tests.plans import cache_config, cache_groups, cache_specs, engine_config, reference_plan, tier_of
+from s2_vllm.plan import CachePlan, ModelGeometry, Tier, make_plan
+from tests.plans import (
+    DTYPE,
+    cache_config,
+    cache_groups,
+    cache_specs,
+    engine_config,
+    reference_plan,
+    tier_of,
+)
 
 MODEL = ModelGeometry(num_layers=8, num_heads=8, num_kv_heads=4, head_size=64, dtype_bytes=2)
 
@@ -291,3 +299,75 @@ def test_refuses_heads_that_would_keep_every_block(stride: int, heads: int, patt
     with pytest.raises(S2ConfigError) as caught:
         make_plan(config, ModelGeometry(4, heads, heads // 4, 64, 2))
     assert str(caught.value).startswith(f"s2_attention.vert_stride: {stride}, expected more than the ")
+
+
+def test_tiers_of_hhst_8b_written_out() -> None:
+    """Eight layers an entry: 30 sparse layers are 4 entries of 64 heads; a dense page has 512 tokens."""
+    plan = reference_plan("hhst-8b")
+    assert plan.tiers == (
+        Tier("window", num_layers=30, num_entries=4, block_size=64, num_kv_heads=64, page_slots=64),
+        Tier("strided", num_layers=30, num_entries=4, block_size=512, num_kv_heads=64, page_slots=64),
+        Tier("dense", num_layers=2, num_entries=2, block_size=512, num_kv_heads=8, page_slots=512),
+    )
+    assert [plan.num_groups(tier) for tier in plan.tiers] == [2, 2, 1]
+
+
+def test_bytes_of_a_request_that_decodes() -> None:
+    """Its window spans 16 pages, or 17 that hold a part of it."""
+    plan = reference_plan("hhst-8b")
+    strided_pages = dense_pages = 131072 // 512
+    page_bytes = 512 * 8 * 2 * 128 * 2
+    blocks = 2 * 17 + 2 * strided_pages + dense_pages
+    assert plan.bytes_per_request(131072) == blocks * 2 * page_bytes
+
+
+def test_window_pages_are_vllms_at_every_boundary() -> None:
+    plan = reference_plan("s2-1.3b")
+    groups = cache_groups(cache_specs(plan))
+    pool = KVCacheConfig(num_blocks=10**6, kv_cache_tensors=[], kv_cache_groups=groups)
+    for in_flight in range(1, 131):
+        config = engine_config(4096, in_flight)
+        blocks = plan.blocks_per_request(4096, config.max_in_flight_tokens)
+        assert blocks == round(10**6 / get_max_concurrency_for_kv_cache_config(config, pool))
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, 4095, 131072])
+def test_bytes_of_a_request_of_a_dense_model_are_vllms(length: int) -> None:
+    plan = reference_plan("hhst-8b")
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=8, head_size=128, dtype=DTYPE)
+    assert plan.dense_bytes_per_request(length) == 32 * spec.max_memory_usage_bytes(engine_config(length))
+
+
+def test_the_largest_heads() -> None:
+    assert make_plan(S2Config(4, 8), ModelGeometry(8, 8, 4, 256, 2)).model.head_size == 256
+    with pytest.raises(S2ConfigError, match=r"^head_size: 257, expected at most 256$"):
+        make_plan(S2Config(4, 8), ModelGeometry(8, 8, 4, 257, 2))
+
+
+def test_why_heads_that_would_keep_every_block_are_refused() -> None:
+    with pytest.raises(S2ConfigError) as caught:
+        make_plan(S2Config(2, 1), MODEL)
+    assert str(caught.value) == (
+        "s2_attention.vert_stride: 1, expected more than the 1 residues that each KV head keeps: "
+        "a sparse layer would store as much as a dense one"
+    )
+
+
+def test_sharing_entries_may_leave_a_tenth_unused() -> None:
+    """Two entries of 11 layers for 20 layers: 22 for 20."""
+    plan = make_plan(S2Config(4, 11, dense_layers=(0, 1)), ModelGeometry(22, 8, 4, 64, 2))
+    assert plan.layers_per_entry == 11
+    assert sum(map(plan.num_groups, plan.tiers)) == 3
+
+
+def test_an_entry_owns_the_pages_of_layers_that_there_are() -> None:
+    """One of 16 would be enough for 15 layers, and would leave a sixteenth unused."""
+    plan = make_plan(S2Config(4, 16, dense_layers=(0,)), ModelGeometry(16, 8, 4, 64, 2))
+    assert plan.layers_per_entry == 8
+
+
+def test_entries_are_shared_where_a_page_spans_no_multiple_of_its_slots() -> None:
+    """A strided page of 192 slots spans 512 tokens, and a window page 192: hits land on multiples of 1536."""
+    config = S2Config(4, 8, pattern_heads="query", dense_layers=(0,))
+    plan = make_plan(config, ModelGeometry(9, 6, 2, 64, 2))
+    assert (plan.page_slots, plan.layers_per_entry, plan.hit_alignment) == (192, 8, 1536)
