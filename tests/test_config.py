@@ -192,6 +192,11 @@ def test_pattern_of_one_head() -> None:
     assert pattern.residues == (4, 4, 4, 4)
 
 
+def test_a_stride_longer_than_any_table() -> None:
+    with pytest.raises(S2ConfigError, match=r"^s2_attention\.vert_stride: 67108864, expected at most 65536$"):
+        S2Config(4, 67108864).pattern(num_heads=8, num_kv_heads=2)
+
+
 def test_more_query_heads_than_the_stride_has_residues() -> None:
     config = S2Config(4, 2, pattern_heads="query")
     with pytest.raises(S2ConfigError, match=r"^s2_attention\.vert_stride: 2, expected at least 4 "):

@@ -225,6 +225,12 @@ def test_kv_heads_are_replicated_over_more_ranks_than_kv_heads() -> None:
     assert [shard.kept_residues for shard in shards] == [((0, 3),), ((1, 2),)] * 2
 
 
+def test_the_longest_stride() -> None:
+    assert S2Pattern(64, 1, 65536, (65535,), 1).residues == (65535,)
+    with pytest.raises(ValueError, match=r"^vert_stride: 65537, expected at most 65536$"):
+        S2Pattern(64, 1, 65537, (0,), 1)
+
+
 def test_first_returning_block_finds_a_planted_one() -> None:
     mask = S2Pattern.build(4, 4, local_blocks=3, vert_stride=4).block_mask(16)
     assert not mask[2, 10, 5]

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 PatternHeads = Literal["kv", "query"]
 
+MAX_VERT_STRIDE = 2**16
+"""A super-block counts its tokens in 32 bits, and each head has a table of the stride's length."""
+
 
 @dataclass(frozen=True)
 class S2Pattern:
@@ -51,6 +54,8 @@ class S2Pattern:
         _check_power_of_two("block_size", self.block_size)
         _check_positive("local_blocks", self.local_blocks)
         _check_positive("vert_stride", self.vert_stride)
+        if self.vert_stride > MAX_VERT_STRIDE:
+            raise ValueError(f"vert_stride: {self.vert_stride}, expected at most {MAX_VERT_STRIDE}")
         _check_positive("num_kv_heads", self.num_kv_heads)
         if not self.residues or len(self.residues) % self.num_kv_heads:
             raise ValueError(
