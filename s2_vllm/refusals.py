@@ -1,4 +1,4 @@
-"""What is not served with a pattern: a vLLM, a model, an engine option or a layer, each refused by name.
+"""What is not served with a pattern: a model, an engine option or a layer, each refused by name.
 
 A message has the form "key: value, expected what", and is raised before weights load.
 """
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from s2_vllm.plan import CachePlan
 
-SUPPORTED_VLLM = "0.32."
-
 _SPECIAL_ARGUMENTS = {
     "alibi_slopes": "uses ALiBi",
     "use_alibi_sqrt": "uses ALiBi",
@@ -28,12 +26,17 @@ _SPECIAL_ARGUMENTS = {
 """Of vLLM's `Attention` and its implementations: what a layer does that passes a value."""
 
 
-def check_version() -> None:
-    """Refuse a vLLM that this version of the plugin does not know."""
-    import vllm
+def check_no_pattern(vllm_config: Any, obstacle: str) -> None:
+    """Refuse a model with a pattern where the plugin cannot serve it.
 
-    if not vllm.__version__.startswith(SUPPORTED_VLLM):
-        raise S2ConfigError(f"vllm: version {vllm.__version__}, expected {SUPPORTED_VLLM}*")
+    Args:
+        vllm_config: of any vLLM: nothing is taken for granted about it.
+        obstacle: why not, as "key: value, expected what".
+    """
+    model_config = getattr(vllm_config, "model_config", None)
+    for name in ("hf_config", "hf_text_config"):
+        if getattr(getattr(model_config, name, None), KEY, None) is not None:
+            raise S2ConfigError(f"{obstacle} for a model with '{KEY}'")
 
 
 def check_backend_without_pattern(vllm_config: VllmConfig) -> None:

@@ -29,7 +29,6 @@ def prepare(vllm_config: VllmConfig) -> bool:
     if config is None:
         refusals.check_backend_without_pattern(vllm_config)
         return False
-    refusals.check_version()
     refusals.check_model(model_config)
     refusals.check_options(vllm_config)
     if refusals.asks_for_custom_backend(vllm_config):
