@@ -104,7 +104,7 @@ class S2Attention(Attention):
             first_kv_head=place * plan.num_kv_heads,
         )
         super().__init__(*args, **kwargs)
-        refusals.check_made_layer(self, plan)
+        refusals.check_made_layer(self, plan, vllm_config.model_config)
         if leader is None:
             self.strided = StridedTier(self, prefix + STRIDED_SUFFIX)
             context = vllm_config.compilation_config.static_forward_context

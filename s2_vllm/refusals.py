@@ -1,6 +1,7 @@
 """What is not served with a pattern: a model, an engine option or a layer, each refused by name.
 
-A message has the form "key: value, expected what", and is raised before weights load.
+A message has the form "key: value, expected what", and is raised before weights load. vLLM is imported by
+the functions that need it, and no kernel at all.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from s2_vllm.config import KEY, S2ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vllm.config import ModelConfig, VllmConfig
     from vllm.model_executor.layers.attention import Attention
 
@@ -23,7 +26,7 @@ _SPECIAL_ARGUMENTS = {
     "attn_backend": "brings an attention backend of its own",
     "sinks": "has attention sinks",
 }
-"""Of vLLM's `Attention` and its implementations: what a layer does that passes a value."""
+"""Of vLLM's `Attention` and its implementations: what a layer does that is given a value."""
 
 
 def check_no_pattern(vllm_config: Any, obstacle: str) -> None:
@@ -39,50 +42,62 @@ def check_no_pattern(vllm_config: Any, obstacle: str) -> None:
             raise S2ConfigError(f"{obstacle} for a model with '{KEY}'")
 
 
-def check_backend_without_pattern(vllm_config: VllmConfig) -> None:
-    """Refuse our backend by name where no layer can use it."""
-    if asks_for_custom_backend(vllm_config):
+def check_backend_names(vllm_config: VllmConfig, *, has_pattern: bool) -> None:
+    """Refuse our backend by its name, CUSTOM, where no layer can use it.
+
+    A model with a pattern may ask for it as the attention backend: the sparse layers bring it in any case.
+    """
+    if not has_pattern and asks_for_our_backend(vllm_config):
         raise S2ConfigError(
             "attention_backend: CUSTOM (S2-Attention), expected a model with a pattern: the key "
             f"'{KEY}' in its config.json or in --hf-overrides '{{\"{KEY}\": {{...}}}}'"
         )
+    for name, backend in _other_backends(vllm_config):
+        if _is_ours(backend):
+            raise S2ConfigError(
+                f"{name}: CUSTOM (S2-Attention), expected another backend or none: it serves nothing but "
+                f"the sparse layers of a model with '{KEY}', and they bring it"
+            )
 
 
-def asks_for_custom_backend(vllm_config: VllmConfig) -> bool:
-    """Whether the user has asked for our backend by the name that vLLM keeps for out-of-tree ones."""
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-    custom = AttentionBackendEnum.CUSTOM
-    return vllm_config.attention_config.backend is custom and custom.get_path().startswith("s2_vllm.")
+def asks_for_our_backend(vllm_config: VllmConfig) -> bool:
+    """Whether the engine's attention backend is ours, by the name that vLLM keeps for out-of-tree ones."""
+    return _is_ours(vllm_config.attention_config.backend)
 
 
 def check_model(model_config: ModelConfig) -> None:
     """Refuse models whose layers are not all plain causal attention."""
-
-    def refuse(what: str) -> None:
-        raise S2ConfigError(
-            f"{KEY}: {model_config.architecture} {what}, expected a decoder-only model whose layers "
-            "are vLLM's Attention"
-        )
-
-    if model_config.use_mla:
-        refuse("uses multi-head latent attention (MLA)")
-    if model_config.is_encoder_decoder:
-        refuse("is an encoder-decoder model")
-    if model_config.is_hybrid or model_config.is_attention_free:
-        refuse("has layers with a recurrent state")
-    if model_config.runner_type != "generate":
-        refuse(f"runs as a {model_config.runner_type} model")
+    hf_configs = (model_config.hf_config, model_config.hf_text_config)
+    # As vLLM's models read it: a null means false.
+    is_causal = all(getattr(config, "is_causal", True) for config in hf_configs)
+    # "vision": within images, which is what is_mm_prefix_lm says.
+    directions = [getattr(config, "use_bidirectional_attention", None) for config in hf_configs]
+    facts = {
+        "uses multi-head latent attention (MLA)": model_config.use_mla,
+        "is an encoder-decoder model": model_config.is_encoder_decoder,
+        "has layers with a recurrent state": model_config.is_hybrid or model_config.is_attention_free,
+        f"runs as a {model_config.runner_type} model": model_config.runner_type != "generate",
+        "attends to images in both directions (is_mm_prefix_lm)": model_config.is_mm_prefix_lm,
+        "is a diffusion model (canvas_length)": model_config.is_diffusion,
+        "attends in both directions (is_causal: false)": not is_causal,
+        "attends in both directions (use_bidirectional_attention)": any(
+            direction not in (None, False, "vision") for direction in directions
+        ),
+    }
+    for fact, is_so in facts.items():
+        if is_so:
+            raise S2ConfigError(
+                f"{KEY}: {model_config.architecture} {fact}, expected a causal decoder-only model whose "
+                "layers are vLLM's Attention"
+            )
 
 
 def check_options(vllm_config: VllmConfig) -> None:
     """Refuse engine options that this version does not serve."""
+    from vllm import envs
+
+    _check_kv_cache_dtype(vllm_config)
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-    dtype_name = str(vllm_config.model_config.dtype).removeprefix("torch.")
-    if cache.cache_dtype not in ("auto", dtype_name):
-        raise S2ConfigError(
-            f"kv_cache_dtype: {cache.cache_dtype}, expected auto or {dtype_name} for a model with '{KEY}'"
-        )
     values_and_defaults: dict[str, tuple[Any, Any]] = {
         "pipeline_parallel_size": (parallel.pipeline_parallel_size, 1),
         "decode_context_parallel_size": (parallel.decode_context_parallel_size, 1),
@@ -97,6 +112,10 @@ def check_options(vllm_config: VllmConfig) -> None:
         ),
         "speculative_config": (getattr(vllm_config.speculative_config, "method", None), None),
         "kv_transfer_config": (getattr(vllm_config.kv_transfer_config, "kv_connector", None), None),
+        "diffusion_config": (vllm_config.diffusion_config, None),
+        "attention_config.use_non_causal": (vllm_config.attention_config.use_non_causal, False),
+        # How decode splits its work depends on the batch, and with it the order of its sums.
+        "VLLM_BATCH_INVARIANT": (int(envs.VLLM_BATCH_INVARIANT), 0),
     }
     for name, (value, default) in values_and_defaults.items():
         if value != default:
@@ -141,12 +160,13 @@ def check_sparse_layer(name: str, arguments: dict[str, Any]) -> None:
         raise layer_refusal(name, f"has values of another size ({arguments['head_size_v']})")
 
 
-def check_made_layer(layer: Attention, plan: CachePlan) -> None:
+def check_made_layer(layer: Attention, plan: CachePlan, model_config: ModelConfig) -> None:
     """Refuse a sparse layer that has come out unlike the plan.
 
     Args:
         layer: made by vLLM's `Attention`, which looks some of its properties up in the configuration.
-        plan: of its model, all tensor-parallel ranks together.
+        plan: of its model.
+        model_config: the model's.
     """
     name, pattern = layer.layer_name, plan.layout.pattern
     if (layer.num_heads, layer.num_kv_heads) != (pattern.num_heads, pattern.num_kv_heads):
@@ -163,11 +183,68 @@ def check_made_layer(layer: Attention, plan: CachePlan) -> None:
             "expected plain causal attention"
         )
     if layer.kv_cache_torch_dtype.itemsize != plan.model.dtype_bytes:
-        raise S2ConfigError(f"kv_cache_dtype: {layer.kv_cache_dtype} in layer {name}, expected auto")
+        raise _kv_cache_dtype_refusal(f"{layer.kv_cache_dtype} in layer {name}", model_config)
+
+
+def _is_ours(backend: Any) -> bool:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return backend is AttentionBackendEnum.CUSTOM and backend.get_path().startswith("s2_vllm.")
+
+
+def _other_backends(vllm_config: VllmConfig) -> Iterator[tuple[str, Any]]:
+    """The options, but the engine's attention backend, that may name a backend, and what they name."""
+    for kind, backend in vllm_config.attention_config.backend_per_kind.items():
+        yield f"attention_config.backend_per_kind.{kind}", backend
+    yield (
+        "speculative_config.attention_backend",
+        getattr(vllm_config.speculative_config, "attention_backend", None),
+    )
+    multimodal_config = getattr(vllm_config.model_config, "multimodal_config", None)
+    yield "mm_encoder_attn_backend", getattr(multimodal_config, "mm_encoder_attn_backend", None)
+
+
+def _check_kv_cache_dtype(vllm_config: VllmConfig) -> None:
+    """Refuse a KV cache of another type than the model's, be it the user's wish or the checkpoint's."""
+    model_config, dtype = vllm_config.model_config, vllm_config.cache_config.cache_dtype
+    if dtype == "auto":
+        if _kv_cache_scheme(model_config):
+            raise _kv_cache_dtype_refusal("auto (the checkpoint declares a quantized one)", model_config)
+    elif dtype != _dtype_name(model_config):
+        raise _kv_cache_dtype_refusal(dtype, model_config)
+
+
+def _kv_cache_dtype_refusal(value: str, model_config: ModelConfig) -> S2ConfigError:
+    """The error for a KV cache of type `value`, with the types that will be taken.
+
+    What a checkpoint declares is overruled by a type that the user names, and vLLM has names for types of 16
+    bits only.
+    """
+    dtype = _dtype_name(model_config)
+    if dtype == "float32":
+        expected = "bfloat16 or float16 together with the same dtype"
+        expected = expected if _kv_cache_scheme(model_config) else "auto"
+    else:
+        expected = dtype if _kv_cache_scheme(model_config) else f"auto or {dtype}"
+    return S2ConfigError(f"kv_cache_dtype: {value}, expected {expected} for a model with '{KEY}'")
+
+
+def _kv_cache_scheme(model_config: ModelConfig) -> Any:
+    """How a checkpoint's quantization configuration wants the KV cache quantized, None if it does not."""
+    quantization = model_config.model_arch_config.quantization_config or {}
+    keys = ("kv_cache_scheme", "kv_cache_quant_algo")
+    for config in (quantization, quantization.get("quantization") or {}):
+        for key in keys:
+            if config.get(key):
+                return config[key]
+    return None
+
+
+def _dtype_name(model_config: ModelConfig) -> str:
+    return str(model_config.dtype).removeprefix("torch.")
 
 
 def layer_refusal(name: str, what: str) -> S2ConfigError:
-    """The error for a sparse layer that is something else than S2-Attention can be."""
     return S2ConfigError(
         f"{KEY}: layer {name} {what}, expected plain causal attention (or the layer's index in dense_layers)"
     )

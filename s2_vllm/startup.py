@@ -26,12 +26,13 @@ def prepare(vllm_config: VllmConfig) -> bool:
     """
     model_config = vllm_config.model_config
     config = None if model_config is None else _read_config(model_config)
+    refusals.check_backend_names(vllm_config, has_pattern=config is not None)
     if config is None:
-        refusals.check_backend_without_pattern(vllm_config)
         return False
     refusals.check_model(model_config)
     refusals.check_options(vllm_config)
-    if refusals.asks_for_custom_backend(vllm_config):
+    if refusals.asks_for_our_backend(vllm_config):
+        # Of no use to the dense layers; the sparse ones bring it.
         vllm_config.attention_config.backend = None
     cache_config = vllm_config.cache_config
     plan = make_plan(

@@ -16,6 +16,7 @@ from transformers import (
     LlamaConfig,
     MambaConfig,
     MistralConfig,
+    PaliGemmaConfig,
     PreTrainedConfig,
     Qwen3Config,
     WhisperConfig,
@@ -167,6 +168,27 @@ def test_fp8_kv_cache(tmp_path: Path) -> None:
         start_llama(tmp_path, S2, kv_cache_dtype="fp8")
 
 
+FP8_KV_CACHE = {
+    "quant_method": "compressed-tensors",
+    "format": "dense",
+    "config_groups": {},
+    "kv_cache_scheme": {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True},
+}
+
+
+def test_fp8_kv_cache_that_the_checkpoint_declares(tmp_path: Path) -> None:
+    message = r"kv_cache_dtype: auto \(the checkpoint declares a quantized one\), expected bfloat16"
+    with pytest.raises(ValueError, match=message):
+        start_llama(tmp_path, S2, {"quantization_config": FP8_KV_CACHE}, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_type_that_overrules_the_declared_one(tmp_path: Path, dtype: str) -> None:
+    """What the message asks for is enough: the layers are made, and want their weights."""
+    with pytest.raises(RuntimeError, match="Cannot find any model weights"):
+        start_llama(tmp_path, S2, {"quantization_config": FP8_KV_CACHE}, dtype=dtype, kv_cache_dtype=dtype)
+
+
 @pytest.mark.parametrize(
     ("option", "value"), [("kv_offloading_size", 1.0), ("ubatch_size", 2), ("enable_dbo", True)]
 )
@@ -195,6 +217,52 @@ def test_custom_backend_without_a_pattern(tmp_path: Path) -> None:
     message = r"attention_backend: CUSTOM .*expected a model with a pattern.*'s2_attention'.*--hf-overrides"
     with pytest.raises(ValueError, match=message):
         start_llama(tmp_path, None, attention_backend="CUSTOM")
+
+
+@pytest.mark.parametrize("s2", [S2, None], ids=["pattern", "no-pattern"])
+def test_custom_backend_for_a_kind_of_layers(tmp_path: Path, s2: dict[str, Any] | None) -> None:
+    message = r"attention_config\.backend_per_kind\.full_attention: CUSTOM \(S2-Attention\), expected another"
+    with pytest.raises(ValueError, match=message):
+        start_llama(tmp_path, s2, attention_config={"backend_per_kind": {"full_attention": "CUSTOM"}})
+
+
+@pytest.mark.parametrize("runner", ["0", "1"], ids=["V1", "V2"])
+def test_batch_invariance(tmp_path: Path, runner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", runner)
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    with pytest.raises(ValueError, match="VLLM_BATCH_INVARIANT: 1, expected 0"):
+        start_llama(tmp_path, S2)
+
+
+def test_attention_that_is_not_causal(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"attention_config\.use_non_causal: True, expected False"):
+        start_llama(tmp_path, S2, attention_config={"use_non_causal": True})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"is_causal": False}, r"LlamaForCausalLM attends in both directions \(is_causal: false\)"),
+        ({"use_bidirectional_attention": True}, "LlamaForCausalLM attends in both directions"),
+        ({"canvas_length": 32}, "LlamaForCausalLM is a diffusion model"),
+        ({"is_mm_prefix_lm": True}, "LlamaForCausalLM attends to images in both directions"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_model_that_is_not_causal(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        start_llama(tmp_path, S2, keys)
+
+
+def test_model_with_an_image_prefix(tmp_path: Path) -> None:
+    text = {**SHAPE, "model_type": "gemma"}
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = PaliGemmaConfig(
+        text_config=text, vision_config=vision, image_token_index=5, projection_dim=128, hidden_size=128
+    )
+    message = "PaliGemmaForConditionalGeneration attends to images in both directions"
+    with pytest.raises(ValueError, match=message):
+        start(tmp_path, config, "PaliGemmaForConditionalGeneration", S2)
 
 
 def test_sliding_window_model(tmp_path: Path) -> None:
