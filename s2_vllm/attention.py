@@ -31,26 +31,26 @@ if TYPE_CHECKING:
     from s2_vllm.plan import CachePlan
 
 
-def attention_class(cls: type[Attention], options: dict[str, Any]) -> type[Attention]:
+def attention_class(cls: type[Attention], args: tuple[Any, ...], kwargs: dict[str, Any]) -> type[Attention]:
     """The class to construct where a model asks for `cls`: `S2Attention` for a sparse layer.
 
     Args:
         cls: vLLM's class.
-        options: the keyword arguments that it is to be constructed with.
+        args, kwargs: what it is to be constructed with.
 
     Raises:
-        S2ConfigError: a sparse layer asks for a special kind of attention, or a dense one for a window.
+        S2ConfigError: the layer has no place in the plan, a sparse one asks for a special kind of attention,
+            or a dense one for something else than full attention.
     """
     vllm_config = get_current_vllm_config_or_none()
     plan = None if vllm_config is None else plan_of(vllm_config)
     if plan is None:
         return cls
-    prefix = options.get("prefix", "")
-    if extract_layer_index(prefix) in plan.dense_layers:
-        refusals.check_dense_layer(prefix, options)
+    arguments = _by_name(cls, args, kwargs)
+    if refusals.layer_index(arguments.get("prefix", ""), plan) in plan.dense_layers:
+        refusals.check_dense_layer(cls, arguments)
         return cls
-    if cls is not Attention:
-        raise refusals.layer_refusal(prefix, f"is a {cls.__name__}")
+    refusals.check_sparse_layer(cls, arguments)
     return S2Attention
 
 
@@ -75,18 +75,18 @@ class StridedTier(nn.Module, AttentionLayerBase):
 
 
 class S2Attention(Attention):
-    """A sparse layer in the place of `Attention`, with the same constructor.
+    """A sparse layer in the place of `Attention`, with the same constructor; `attention_class` chooses it.
 
     Raises:
-        S2ConfigError: the layer asks for something that S2-Attention is not (a sliding window, soft-capped
-            logits, ALiBi, attention sinks, ...), or its heads are not those of the plan.
+        S2ConfigError: its heads are not those of the plan, it has a sliding window, or vLLM finds its backend
+            unfit for what the engine is to do.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        given = signature(Attention.__init__).bind(None, *args, **kwargs)
-        given.apply_defaults()
-        prefix = given.arguments["prefix"]
-        refusals.check_sparse_layer(prefix, given.arguments)
+        # What else a layer may be given has been found to say nothing, and the backend does not take it.
+        given = _by_name(Attention, args, kwargs)
+        kwargs = {name: value for name, value in given.items() if name in refusals.PLAIN_ARGUMENTS}
+        prefix = kwargs["prefix"]
         vllm_config = get_current_vllm_config_or_none()
         assert vllm_config is not None
         plan = plan_of(vllm_config)
@@ -103,8 +103,8 @@ class S2Attention(Attention):
             strided_name=(prefix if leader is None else leader.layer_name) + STRIDED_SUFFIX,
             first_kv_head=place * plan.num_kv_heads,
         )
-        super().__init__(*args, **kwargs)
-        refusals.check_made_layer(self, plan, vllm_config.model_config)
+        super().__init__(**kwargs)
+        refusals.check_made_layer(self, plan, vllm_config)
         if leader is None:
             self.strided = StridedTier(self, prefix + STRIDED_SUFFIX)
             context = vllm_config.compilation_config.static_forward_context
@@ -146,6 +146,18 @@ class S2Attention(Attention):
         # All sparse layers run the same kernels.
         if self.is_first and self.kv_cache.is_cuda:
             self.impl.warm_up(self.kv_cache)
+
+
+def _by_name(cls: type[Attention], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of a layer's constructor by name, however they are passed, defaults included."""
+    bound = signature(cls.__init__).bind(None, *args, **kwargs)
+    bound.apply_defaults()
+    named = dict(bound.arguments)
+    for parameter in bound.signature.parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(named.pop(parameter.name))
+    del named["self"]
+    return named
 
 
 def _leader(wanted: int, vllm_config: VllmConfig) -> S2Attention:

@@ -133,7 +133,7 @@ def install_layers() -> None:
     def new(cls: type[Attention], *args: Any, **kwargs: Any) -> Attention:
         from s2_vllm.attention import attention_class
 
-        return object.__new__(attention_class(cls, kwargs))
+        return object.__new__(attention_class(cls, args, kwargs))
 
     Attention.__new__ = new
 

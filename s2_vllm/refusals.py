@@ -18,6 +18,23 @@ if TYPE_CHECKING:
 
     from s2_vllm.plan import CachePlan
 
+PLAIN_ARGUMENTS = frozenset(
+    {
+        "num_heads",
+        "head_size",
+        "scale",
+        "num_kv_heads",
+        "cache_config",
+        "quant_config",
+        "per_layer_sliding_window",
+        "prefix",
+        "attn_type",
+        "mm_prefix_clamp_sliding_window",
+        "head_size_v",
+    }
+)
+"""Of vLLM's `Attention`: all that a sparse layer takes, some of it within limits that are checked."""
+
 _SPECIAL_ARGUMENTS = {
     "alibi_slopes": "uses ALiBi",
     "use_alibi_sqrt": "uses ALiBi",
@@ -122,68 +139,101 @@ def check_options(vllm_config: VllmConfig) -> None:
             raise S2ConfigError(f"{name}: {value}, expected {default} for a model with '{KEY}'")
 
 
-def check_dense_layer(name: str, arguments: dict[str, Any]) -> None:
-    """Refuse a sliding window in a dense layer: the plan has no place for its pages.
+def layer_index(name: str, plan: CachePlan) -> int:
+    """The index of a layer, from its name (vLLM's `prefix`).
+
+    Raises:
+        S2ConfigError: the name has no index, several, or one that is no layer's of the plan.
+    """
+    numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+    if len(numbers) != 1 or numbers[0] >= plan.model.num_layers:
+        raise S2ConfigError(
+            f"{KEY}: layer {name!r} has the indices {numbers} in its name (prefix), expected one, below "
+            f"{plan.model.num_layers}"
+        )
+    return numbers[0]
+
+
+def check_dense_layer(cls: type[Attention], arguments: dict[str, Any]) -> None:
+    """Refuse a dense layer that is not full attention: the plan has no place for other pages.
 
     Args:
-        name: of the layer.
-        arguments: of vLLM's `Attention`, by name.
+        cls: the class that the model constructs.
+        arguments: of its constructor, by name.
     """
+    from vllm.model_executor.layers.attention import Attention
+
     window = arguments.get("per_layer_sliding_window")
     if window is None:
         window = getattr(arguments.get("cache_config"), "sliding_window", None)
-    if window is not None:
-        raise S2ConfigError(
-            f"{KEY}.dense_layers: layer {name} has a sliding window ({window} tokens), expected layers "
-            "with full attention"
-        )
+    facts = {
+        f"is a {cls.__name__}": cls is not Attention,
+        f"is {_attention_type(arguments)} attention": _attention_type(arguments) != "decoder",
+        "shares another layer's KV cache": arguments.get("kv_sharing_target_layer_name"),
+        f"has a sliding window ({window} tokens)": window is not None,
+    }
+    for fact, is_so in facts.items():
+        if is_so:
+            raise S2ConfigError(
+                f"{KEY}.dense_layers: layer {arguments['prefix']} {fact}, expected layers with full attention"
+            )
 
 
-def check_sparse_layer(name: str, arguments: dict[str, Any]) -> None:
+def check_sparse_layer(cls: type[Attention], arguments: dict[str, Any]) -> None:
     """Refuse what S2-Attention does not compute, before the layer is made.
 
     Args:
-        name: of the layer.
-        arguments: of vLLM's `Attention`, all of them, by name.
+        cls: the class that the model constructs.
+        arguments: of its constructor, by name.
     """
     import torch
+    from vllm.model_executor.layers.attention import Attention
 
-    extra = arguments["extra_impl_args"]
-    for key, value in {**arguments, **extra}.items():
-        if key in _SPECIAL_ARGUMENTS and (isinstance(value, torch.Tensor) or value):
-            raise layer_refusal(name, _SPECIAL_ARGUMENTS[key])
-        if key in extra and key not in _SPECIAL_ARGUMENTS and value is not None:
-            raise layer_refusal(name, f"passes {key}")
-    if arguments["attn_type"] != "decoder":
-        raise layer_refusal(name, f"is {arguments['attn_type']} attention")
+    name = arguments["prefix"]
+    if cls is not Attention:
+        raise _layer_refusal(name, f"is a {cls.__name__}")
+    for key, value in arguments.items():
+        if key in _SPECIAL_ARGUMENTS:
+            if isinstance(value, torch.Tensor) or value:
+                raise _layer_refusal(name, _SPECIAL_ARGUMENTS[key])
+        elif key not in PLAIN_ARGUMENTS and value is not None:
+            raise _layer_refusal(name, f"passes {key}")
+    if _attention_type(arguments) != "decoder":
+        raise _layer_refusal(name, f"is {_attention_type(arguments)} attention")
     if arguments["head_size_v"] not in (None, arguments["head_size"]):
-        raise layer_refusal(name, f"has values of another size ({arguments['head_size_v']})")
+        raise _layer_refusal(name, f"has values of another size ({arguments['head_size_v']})")
 
 
-def check_made_layer(layer: Attention, plan: CachePlan, model_config: ModelConfig) -> None:
-    """Refuse a sparse layer that has come out unlike the plan.
+def check_made_layer(layer: Attention, plan: CachePlan, vllm_config: VllmConfig) -> None:
+    """Refuse a sparse layer that has come out unlike the plan, or asks its backend for too much.
 
     Args:
         layer: made by vLLM's `Attention`, which looks some of its properties up in the configuration.
         plan: of its model.
-        model_config: the model's.
+        vllm_config: the engine's.
     """
     name, pattern = layer.layer_name, plan.layout.pattern
     if (layer.num_heads, layer.num_kv_heads) != (pattern.num_heads, pattern.num_kv_heads):
-        raise layer_refusal(
+        raise _layer_refusal(
             name,
             f"has {layer.num_heads} query and {layer.num_kv_heads} KV heads instead of the model's "
             f"{pattern.num_heads} and {pattern.num_kv_heads}",
         )
     if layer.head_size != plan.model.head_size:
-        raise layer_refusal(name, f"has a head size of its own ({layer.head_size})")
+        raise _layer_refusal(name, f"has a head size of its own ({layer.head_size})")
     if layer.sliding_window is not None:
         raise S2ConfigError(
             f"{KEY}: layer {name} has a sliding window ({layer.sliding_window} tokens), "
             "expected plain causal attention"
         )
     if layer.kv_cache_torch_dtype.itemsize != plan.model.dtype_bytes:
-        raise _kv_cache_dtype_refusal(f"{layer.kv_cache_dtype} in layer {name}", model_config)
+        raise _kv_cache_dtype_refusal(f"{layer.kv_cache_dtype} in layer {name}", vllm_config.model_config)
+    reasons = _reasons_against_backend(layer, vllm_config)
+    if reasons:
+        raise S2ConfigError(
+            f"{KEY}: layer {name}: {', '.join(reasons)} by the attention backend of sparse layers, expected "
+            "a model and options that do without"
+        )
 
 
 def _is_ours(backend: Any) -> bool:
@@ -244,7 +294,47 @@ def _dtype_name(model_config: ModelConfig) -> str:
     return str(model_config.dtype).removeprefix("torch.")
 
 
-def layer_refusal(name: str, what: str) -> S2ConfigError:
+def _attention_type(arguments: dict[str, Any]) -> str:
+    """The value of vLLM's `AttentionType`, a string under another name."""
+    kind = arguments.get("attn_type") or "decoder"
+    return getattr(kind, "value", kind)
+
+
+def _reasons_against_backend(layer: Attention, vllm_config: VllmConfig) -> list[str]:
+    """What vLLM says against the layer's backend, for which it asks only where it has chosen the backend.
+
+    The arguments are those of `vllm.v1.attention.selector.get_attn_backend`, vLLM 0.32.0.
+    """
+    from vllm import envs
+    from vllm.platforms import current_platform
+
+    parallel, transfer = vllm_config.parallel_config, vllm_config.kv_transfer_config
+    return layer.attn_backend.validate_configuration(
+        head_size=layer.head_size,
+        dtype=layer.dtype,
+        kv_cache_dtype=layer.kv_cache_dtype,
+        block_size=vllm_config.cache_config.block_size,
+        use_mla=False,
+        has_sink=layer.has_sink,
+        use_sparse=False,
+        use_mm_prefix=layer.use_mm_prefix,
+        use_per_head_quant_scales=False,
+        device_capability=current_platform.get_device_capability(),
+        attn_type=layer.attn_type,
+        has_sliding_window=layer.sliding_window is not None,
+        use_non_causal=vllm_config.attention_config.use_non_causal,
+        use_batch_invariant=envs.VLLM_BATCH_INVARIANT,
+        use_kv_connector=transfer is not None and transfer.is_kv_transfer_instance,
+        use_pcp=parallel.prefill_context_parallel_size > 1,
+        use_adaptive_verification=getattr(
+            vllm_config.speculative_config, "enable_adaptive_verification", False
+        ),
+        use_dcp=parallel.decode_context_parallel_size > 1,
+        use_rswa=vllm_config.model_config.rswa_window is not None,
+    )
+
+
+def _layer_refusal(name: str, what: str) -> S2ConfigError:
     return S2ConfigError(
         f"{KEY}: layer {name} {what}, expected plain causal attention (or the layer's index in dense_layers)"
     )

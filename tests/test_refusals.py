@@ -11,17 +11,26 @@ import torch
 from transformers import LlamaConfig
 from vllm.config import DiffusionConfig, KVTransferConfig, ModelConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention, EncoderOnlyAttention
+from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 from s2_vllm import refusals
+from s2_vllm.backend import S2AttentionBackend
 from s2_vllm.compat import BACKEND
 from s2_vllm.config import S2ConfigError
+from tests.plans import reference_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
     from vllm.config import VllmConfig
+
+PLAN = reference_plan("hhst-8b")
+"""Layers 0 and 1 are dense; 32 query and 8 KV heads of size 128 in bfloat16."""
+
+NAME = "model.layers.5.self_attn.attn"
 
 
 @pytest.fixture(scope="module")
@@ -284,3 +293,230 @@ def test_pattern_where_the_plugin_stands_aside(served: VllmConfig, place: str) -
 @pytest.mark.parametrize("config", [None, SimpleNamespace(model_config=None), SimpleNamespace()])
 def test_configuration_of_an_unknown_vllm(config: Any) -> None:
     refusals.check_no_pattern(config, "obstacle: it, expected none")
+
+
+def test_layer_index() -> None:
+    assert refusals.layer_index(NAME, PLAN) == 5
+    assert refusals.layer_index("0", PLAN) == 0
+    assert refusals.layer_index("model.layers.31", PLAN) == 31
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [("", r"\[\]"), ("model.attn", r"\[\]"), ("a.1.b.2", r"\[1, 2\]"), ("a.32", r"\[32\]")],
+)
+def test_layer_without_a_place(name: str, numbers: str) -> None:
+    message = rf"^s2_attention: layer '{name}' has the indices {numbers} in its name \(prefix\), expected one"
+    with pytest.raises(S2ConfigError, match=rf"{message}, below 32$"):
+        refusals.layer_index(name, PLAN)
+
+
+def arguments(**given: Any) -> dict[str, Any]:
+    """All arguments of a plain layer, with some changed or added."""
+    return {
+        "num_heads": 32,
+        "head_size": 128,
+        "scale": 0.1,
+        "num_kv_heads": 8,
+        "alibi_slopes": None,
+        "use_alibi_sqrt": None,
+        "cache_config": SimpleNamespace(sliding_window=None),
+        "quant_config": None,
+        "logits_soft_cap": None,
+        "per_layer_sliding_window": None,
+        "prefix": NAME,
+        "attn_type": AttentionType.DECODER,
+        "kv_sharing_target_layer_name": None,
+        "mm_prefix_clamp_sliding_window": False,
+        "attn_backend": None,
+        "head_size_v": None,
+        **given,
+    }
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"head_size_v": 128},
+        {"sinks": None},
+        {"logits_soft_cap": 0.0},
+        {"attn_type": "decoder"},
+        {"extra": None},
+    ],
+    ids=str,
+)
+def test_plain_layer(given: dict[str, Any]) -> None:
+    """What says no more than a default does is served, in a sparse layer and in a dense one."""
+    refusals.check_sparse_layer(Attention, arguments(**given))
+    refusals.check_dense_layer(Attention, arguments(**given))
+
+
+SPARSE: list[tuple[dict[str, Any], str]] = [
+    ({"alibi_slopes": [0.5]}, "uses ALiBi"),
+    ({"alibi_slopes": torch.zeros(4)}, "uses ALiBi"),
+    ({"use_alibi_sqrt": True}, "uses ALiBi"),
+    ({"logits_soft_cap": 50.0}, "soft-caps its logits"),
+    ({"kv_sharing_target_layer_name": "model.layers.4"}, "shares another layer's KV cache"),
+    ({"attn_backend": S2AttentionBackend}, "brings an attention backend of its own"),
+    ({"sinks": torch.zeros(4)}, "has attention sinks"),
+    ({"layer_idx": 0}, "passes layer_idx"),
+    ({"dual_chunk_attention_config": {}}, "passes dual_chunk_attention_config"),
+    ({"attn_type": AttentionType.ENCODER_ONLY}, "is encoder_only attention"),
+    ({"attn_type": "encoder_decoder"}, "is encoder_decoder attention"),
+    ({"head_size_v": 64}, r"has values of another size \(64\)"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), SPARSE, ids=[message for _, message in SPARSE])
+def test_sparse_layer(given: dict[str, Any], message: str) -> None:
+    expected = r"expected plain causal attention \(or the layer's index in dense_layers\)$"
+    with pytest.raises(S2ConfigError, match=rf"^s2_attention: layer {NAME} {message}, {expected}"):
+        refusals.check_sparse_layer(Attention, arguments(**given))
+
+
+@pytest.mark.parametrize("cls", [ChunkedLocalAttention, EncoderOnlyAttention])
+def test_layer_of_another_class(cls: type[Attention]) -> None:
+    with pytest.raises(
+        S2ConfigError, match=rf"^s2_attention: layer {NAME} is a {cls.__name__}, expected plain"
+    ):
+        refusals.check_sparse_layer(cls, arguments())
+    message = rf"^s2_attention\.dense_layers: layer {NAME} is a {cls.__name__}, expected layers with full"
+    with pytest.raises(S2ConfigError, match=message):
+        refusals.check_dense_layer(cls, arguments())
+
+
+DENSE: list[tuple[dict[str, Any], str]] = [
+    ({"per_layer_sliding_window": 64}, r"has a sliding window \(64 tokens\)"),
+    ({"per_layer_sliding_window": 0}, r"has a sliding window \(0 tokens\)"),
+    ({"cache_config": SimpleNamespace(sliding_window=32)}, r"has a sliding window \(32 tokens\)"),
+    ({"attn_type": AttentionType.ENCODER_ONLY}, "is encoder_only attention"),
+    ({"kv_sharing_target_layer_name": "model.layers.4"}, "shares another layer's KV cache"),
+]
+
+
+@pytest.mark.parametrize(("given", "message"), DENSE, ids=[message for _, message in DENSE])
+def test_dense_layer(given: dict[str, Any], message: str) -> None:
+    message = rf"^s2_attention\.dense_layers: layer {NAME} {message}, expected layers with full attention$"
+    with pytest.raises(S2ConfigError, match=message):
+        refusals.check_dense_layer(Attention, arguments(**given))
+
+
+def test_dense_layer_without_a_cache_config() -> None:
+    refusals.check_dense_layer(Attention, arguments(cache_config=None))
+
+
+def made_layer(**changes: Any) -> Any:
+    """What `check_made_layer` asks about a layer of the plan, with some of it changed."""
+    layer = {
+        "layer_name": NAME,
+        "num_heads": 32,
+        "num_kv_heads": 8,
+        "head_size": 128,
+        "sliding_window": None,
+        "kv_cache_dtype": "auto",
+        "kv_cache_torch_dtype": torch.bfloat16,
+        "dtype": torch.bfloat16,
+        "has_sink": False,
+        "use_mm_prefix": False,
+        "attn_type": AttentionType.DECODER,
+        "attn_backend": S2AttentionBackend,
+    }
+    assert changes.keys() <= layer.keys()
+    return SimpleNamespace(**{**layer, **changes})
+
+
+def test_layer_as_planned(served: VllmConfig) -> None:
+    refusals.check_made_layer(made_layer(), PLAN, served)
+
+
+MADE: list[tuple[dict[str, Any], str]] = [
+    (
+        {"num_heads": 16},
+        "layer .* has 16 query and 8 KV heads instead of the model's 32 and 8, expected plain",
+    ),
+    ({"num_kv_heads": 4}, "layer .* has 32 query and 4 KV heads instead of the model's 32 and 8"),
+    ({"head_size": 64}, r"layer .* has a head size of its own \(64\), expected plain"),
+    (
+        {"sliding_window": 64},
+        r"layer .* has a sliding window \(64 tokens\), expected plain causal attention$",
+    ),
+    (
+        {"kv_cache_dtype": "fp8", "kv_cache_torch_dtype": torch.uint8},
+        "kv_cache_dtype: fp8 in layer .*, expected",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), MADE, ids=[",".join(changes) for changes, _ in MADE])
+def test_layer_unlike_the_plan(served: VllmConfig, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(S2ConfigError, match=message):
+        refusals.check_made_layer(made_layer(**changes), PLAN, served)
+
+
+def test_heads_of_one_rank(served: VllmConfig) -> None:
+    """A layer has the heads of its rank."""
+    plan = reference_plan("hhst-8b", tensor_parallel_size=2)
+    refusals.check_made_layer(made_layer(num_heads=16, num_kv_heads=4), plan, served)
+    with pytest.raises(S2ConfigError, match="has 32 query and 8 KV heads instead of the model's 16 and 4"):
+        refusals.check_made_layer(made_layer(), plan, served)
+
+
+ASKED: list[tuple[dict[str, Any], tuple[str, Any] | None, str]] = [
+    ({"has_sink": True}, None, "attention sinks not supported"),
+    ({"use_mm_prefix": True}, None, "partial multimodal token full attention not supported"),
+    ({"attn_type": "encoder_only"}, None, "attention type encoder_only not supported"),
+    ({"dtype": torch.float64}, None, "dtype not supported"),
+    ({"kv_cache_dtype": "fp8_inc"}, None, "kv_cache_dtype not supported"),
+    ({}, ("attention_config.use_non_causal", True), "non-causal attention not supported"),
+    ({}, ("parallel_config.prefill_context_parallel_size", 2), "PCP not supported"),
+    ({}, ("parallel_config.decode_context_parallel_size", 2), "DCP not supported"),
+    ({}, ("model_config.model_arch_config.rswa_window", 128), "R-SWA not supported"),
+]
+
+
+@pytest.mark.parametrize(("changes", "option", "reason"), ASKED, ids=[reason for *_, reason in ASKED])
+def test_what_vllm_has_against_the_backend(
+    served: VllmConfig, changes: dict[str, Any], option: tuple[str, Any] | None, reason: str
+) -> None:
+    config = served if option is None else changed(served, *option)
+    with pytest.raises(
+        S2ConfigError, match=rf"^s2_attention: layer {NAME}: {reason} by the attention backend"
+    ):
+        refusals.check_made_layer(made_layer(**changes), PLAN, config)
+
+
+def test_all_of_vllms_reasons_are_named(served: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    message = "attention sinks not supported, batch invariance not supported by the attention backend"
+    with pytest.raises(S2ConfigError, match=message):
+        refusals.check_made_layer(made_layer(has_sink=True), PLAN, served)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "asked"),
+    [
+        ("kv_transfer_config", OPTIONS["kv_transfer_config"][1], "use_kv_connector"),
+        (
+            "speculative_config",
+            SimpleNamespace(enable_adaptive_verification=True),
+            "use_adaptive_verification",
+        ),
+    ],
+)
+def test_the_backend_is_asked_about_all_of_it(served: VllmConfig, path: str, value: Any, asked: str) -> None:
+    """Also about what a backend may do by vLLM's default."""
+    questions = []
+
+    class Backend(S2AttentionBackend):
+        @classmethod
+        def validate_configuration(cls, **values: Any) -> list[str]:
+            questions.append(values)
+            return super().validate_configuration(**values)
+
+    refusals.check_made_layer(made_layer(attn_backend=Backend), PLAN, served)
+    refusals.check_made_layer(made_layer(attn_backend=Backend), PLAN, changed(served, path, value))
+    before, after = questions
+    assert before == {**after, asked: False}
+    assert after[asked] is True
+    assert after["block_size"] == served.cache_config.block_size

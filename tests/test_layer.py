@@ -1,0 +1,160 @@
+"""Which layer a model gets where it constructs vLLM's `Attention`, however it passes the arguments."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from vllm.config import set_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
+
+from s2_vllm import attention, compat
+from s2_vllm.attention import S2Attention, StridedTier
+from s2_vllm.backend import S2AttentionBackend
+from s2_vllm.config import S2ConfigError
+from s2_vllm.plan import plan_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from vllm.config import VllmConfig
+
+HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 32
+
+GEOMETRY = (HEADS, HEAD_SIZE, 0.5, KV_HEADS)
+"""The first arguments: heads, head size, scale, KV heads."""
+
+SPARSE, DENSE = "model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"
+
+
+def configure(folder: Path, **keys: Any) -> VllmConfig:
+    """An engine's configuration for a Llama of two layers."""
+    config = LlamaConfig(
+        hidden_size=HEADS * HEAD_SIZE,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        num_hidden_layers=2,
+        vocab_size=256,
+        architectures=["LlamaForCausalLM"],
+        dtype="float32",
+        **keys,
+    )
+    config.save_pretrained(folder)
+    return EngineArgs(str(folder), dtype="float32", max_model_len=256).create_engine_config()
+
+
+@pytest.fixture
+def engine_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VllmConfig]:
+    """The configuration while a model with one sparse and one dense layer is made."""
+    compat.install_layers()
+    monkeypatch.setattr(attention, "get_tensor_model_parallel_rank", lambda: 0)
+    pattern = {"block_size": 16, "local_blocks": 2, "vert_stride": 4, "dense_layers": [1]}
+    config = configure(tmp_path, s2_attention=pattern)
+    with set_current_vllm_config(config):
+        yield config
+
+
+NONE = 5 * [None]
+"""ALiBi's slopes and its square root, the cache's and the quantization's configuration, a soft cap."""
+
+CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
+    "by name": (GEOMETRY, {"prefix": SPARSE}),
+    "all by name": (
+        (),
+        {
+            "num_heads": HEADS,
+            "head_size": HEAD_SIZE,
+            "scale": 0.5,
+            "num_kv_heads": KV_HEADS,
+            "prefix": SPARSE,
+        },
+    ),
+    "prefix by position": ((*GEOMETRY, *NONE, None, SPARSE), {}),
+    "all by position": ((*GEOMETRY, *NONE, None, SPARSE, "decoder", None, False, None, HEAD_SIZE), {}),
+    "what says nothing": (GEOMETRY, {"prefix": SPARSE, "sinks": None, "other": None, "logits_soft_cap": 0.0}),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_sparse_layer(engine_config: VllmConfig, call: str) -> None:
+    args, kwargs = CALLS[call]
+    layer = Attention(*args, **kwargs)
+    assert type(layer) is S2Attention
+    assert layer.layer_name == SPARSE
+    assert (layer.num_heads, layer.head_size, layer.num_kv_heads) == (HEADS, HEAD_SIZE, KV_HEADS)
+    assert layer.get_attn_backend() is S2AttentionBackend
+    assert layer.plan == plan_of(engine_config)
+    entries = engine_config.compilation_config.static_forward_context
+    assert {name: type(entry) for name, entry in entries.items()} == {
+        SPARSE: S2Attention,
+        f"{SPARSE}.strided": StridedTier,
+    }
+
+
+@pytest.mark.usefixtures("engine_config")
+@pytest.mark.parametrize("args", [(), (*NONE, None, DENSE)], ids=["by name", "by position"])
+def test_dense_layer(args: tuple[Any, ...]) -> None:
+    layer = Attention(*GEOMETRY, *args, **({} if args else {"prefix": DENSE}))
+    assert type(layer) is Attention
+    assert layer.layer_name == DENSE
+
+
+@pytest.mark.usefixtures("engine_config")
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((), r"layer '' has the indices \[\] in its name \(prefix\), expected one, below 2"),
+        ((*NONE, None, "model.attn"), r"layer 'model\.attn' has the indices \[\]"),
+        ((*NONE, None, "layers.7.attn"), r"layer 'layers\.7\.attn' has the indices \[7\]"),
+        (
+            ([0.5] * HEADS, *NONE, SPARSE),
+            "layer model.layers.0.* uses ALiBi, expected plain causal attention",
+        ),
+        ((*NONE[:-1], 30.0, None, SPARSE), "layer model.layers.0.* soft-caps its logits, expected plain"),
+        ((*NONE, 64, SPARSE), r"layer model.layers.0.* has a sliding window \(64 tokens\), expected plain"),
+        (
+            (*NONE, 64, DENSE),
+            r"layer model.layers.1.* has a sliding window \(64 tokens\), expected layers with",
+        ),
+        ((*NONE, None, DENSE, "decoder", SPARSE), "layer model.layers.1.* shares another layer's KV cache"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_refusals_see_arguments_by_position(args: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(S2ConfigError, match=message):
+        Attention(*GEOMETRY, *args)
+
+
+@pytest.mark.usefixtures("engine_config")
+@pytest.mark.parametrize("layer", [SPARSE, DENSE], ids=["sparse", "dense"])
+def test_a_class_of_its_own(layer: str) -> None:
+    """Its constructor passes most arguments on."""
+    with pytest.raises(S2ConfigError, match=f"layer {layer} is a ChunkedLocalAttention, expected"):
+        ChunkedLocalAttention(*GEOMETRY[:3], 128, KV_HEADS, None, None, None, None, layer)
+
+
+@pytest.mark.usefixtures("engine_config")
+def test_arguments_that_no_layer_takes() -> None:
+    """The message is Python's own, as without the plugin."""
+    with pytest.raises(TypeError, match=r"missing a required argument: 'head_size'"):
+        Attention(HEADS, prefix=SPARSE)
+
+
+def test_models_without_a_pattern(tmp_path: Path) -> None:
+    compat.install_layers()
+    with set_current_vllm_config(configure(tmp_path)):
+        assert type(Attention(*GEOMETRY, prefix="no index")) is Attention
+
+
+@pytest.mark.usefixtures("engine_config")
+def test_vllm_is_asked_about_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that brings its backend does not pass by vLLM's own check of it."""
+    monkeypatch.setattr(S2AttentionBackend, "supported_dtypes", [torch.bfloat16])
+    with pytest.raises(
+        S2ConfigError, match=r"layer model\.layers\.0\..*: dtype not supported by the attention backend"
+    ):
+        Attention(*GEOMETRY, prefix=SPARSE)
