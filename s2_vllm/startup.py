@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from s2_vllm.specs import STRIDED_SUFFIX
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
+
+_logger = logging.getLogger("vllm.s2_vllm")
 
 
 def prepare(vllm_config: VllmConfig) -> bool:
@@ -100,14 +103,12 @@ def _tier_of(layer_name: str, spec: Any, plan: CachePlan) -> str:
 
 
 def _report(plan: CachePlan, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-    from vllm.logger import init_logger
-
     length = vllm_config.model_config.max_model_len
     blocks = plan.blocks_per_request(length, vllm_config.max_in_flight_tokens)
     capacity = kv_cache_config.num_blocks / blocks
     memory = kv_cache_config.num_blocks * plan.block_bytes
     dense_capacity = memory / plan.dense_bytes_per_request(length)
-    init_logger("vllm.s2_vllm").info(
+    _logger.info(
         "S2-Attention: %d sparse and %d dense layers; tiers: %s; a sparse layer stores %.1f%% of a "
         "dense one at %d tokens; KV cache for %.2f requests of that length, %.2f if all were dense.%s",
         len(plan.sparse_layers),

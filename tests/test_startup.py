@@ -1,48 +1,215 @@
-"""The KV cache that vLLM has set up against the plan, before the first request."""
+"""What happens at engine start: the plan of a configuration, and vLLM's KV cache compared with it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from transformers import LlamaConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
 
 from benchmarks.geometries import SERVED
-from s2_vllm.config import S2ConfigError
-from s2_vllm.plan import attach_plan
-from s2_vllm.startup import check_and_report
-from tests.plans import cache_config, cache_groups, cache_specs, engine_config, reference_plan
+from s2_vllm import compat, startup
+from s2_vllm.config import S2Config, S2ConfigError
+from s2_vllm.plan import ModelGeometry, attach_plan, make_plan, plan_of
+from s2_vllm.startup import check_and_report, prepare
+from tests.plans import DTYPE, cache_config, cache_groups, cache_specs, engine_config, reference_plan
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
     from s2_vllm.plan import CachePlan
 
-MEMORY = 1 << 30
+S2 = {"block_size": 16, "local_blocks": 2, "vert_stride": 4, "dense_layers": [1]}
 
 
-def check(plan: CachePlan, specs: dict[str, KVCacheSpec]) -> None:
-    """Check what vLLM makes of `specs` against `plan`."""
+@pytest.fixture
+def unprepared(tmp_path: Path) -> Callable[..., VllmConfig]:
+    """Makes the configuration of a Llama whose pattern is not there yet."""
+
+    def make(**options: Any) -> VllmConfig:
+        config = LlamaConfig(
+            hidden_size=128,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            num_hidden_layers=3,
+            vocab_size=256,
+            architectures=["LlamaForCausalLM"],
+        )
+        config.save_pretrained(tmp_path)
+        options = {"dtype": "float16", "max_model_len": 256, **options}
+        return EngineArgs(str(tmp_path), skip_tokenizer_init=True, **options).create_engine_config()
+
+    return make
+
+
+@pytest.mark.parametrize("place", ["hf_config", "hf_text_config"])
+def test_pattern_of_a_model(unprepared: Callable[..., VllmConfig], place: str) -> None:
+    config = unprepared()
+    setattr(config.model_config, place, LlamaConfig(s2_attention=S2))
+    config.cache_config.user_specified_block_size = False
+    assert prepare(config)
+    expected = make_plan(S2Config(**{**S2, "dense_layers": (1,)}), ModelGeometry(3, 4, 2, 32, 2))
+    assert plan_of(config) == expected
+    assert config.cache_config.block_size == expected.dense_block_size == 64
+    assert config.cache_config.user_specified_block_size
+
+
+def test_block_size_and_ranks_of_the_user(unprepared: Callable[..., VllmConfig]) -> None:
+    config = unprepared(block_size=96)
+    config.model_config.hf_config.s2_attention = S2
+    config.parallel_config.tensor_parallel_size = 2
+    assert prepare(config)
+    pattern, geometry = S2Config(**{**S2, "dense_layers": (1,)}), ModelGeometry(3, 4, 2, 32, 2)
+    assert plan_of(config) == make_plan(pattern, geometry, 2, 96)
+    assert config.cache_config.block_size == 96
+
+
+def test_no_pattern(unprepared: Callable[..., VllmConfig]) -> None:
+    config = unprepared()
+    before = config.cache_config.block_size, config.cache_config.user_specified_block_size
+    assert not prepare(config)
+    assert plan_of(config) is None
+    assert (config.cache_config.block_size, config.cache_config.user_specified_block_size) == before
+    config.model_config = None
+    assert not prepare(config)
+
+
+@pytest.mark.parametrize("backend", ["CUSTOM", "FLASH_ATTN", None])
+def test_backend_of_the_dense_layers(unprepared: Callable[..., VllmConfig], backend: str | None) -> None:
+    """CUSTOM asks for the sparse layers' backend by name: the dense ones get vLLM's choice."""
+    compat._register_backend()
+    config = unprepared()
+    config.model_config.hf_config.s2_attention = S2
+    config.attention_config.backend = backend and AttentionBackendEnum[backend]
+    assert prepare(config)
+    left = config.attention_config.backend
+    assert left is (None if backend == "CUSTOM" else backend and AttentionBackendEnum[backend])
+
+
+REFUSED: dict[str, Callable[[VllmConfig], None]] = {
+    "attends in both directions": lambda c: setattr(c.model_config.hf_config, "is_causal", False),
+    "pipeline_parallel_size: 2": lambda c: setattr(c.parallel_config, "pipeline_parallel_size", 2),
+    "backend_per_kind.*CUSTOM": lambda c: c.attention_config.backend_per_kind.update(
+        full_attention=AttentionBackendEnum.CUSTOM
+    ),
+    "s2_attention.local_blocks: 0": lambda c: setattr(
+        c.model_config.hf_config, "s2_attention", {**S2, "local_blocks": 0}
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_refusals_are_asked(unprepared: Callable[..., VllmConfig], message: str) -> None:
+    compat._register_backend()
+    config = unprepared()
+    config.model_config.hf_config.s2_attention = S2
+    REFUSED[message](config)
+    with pytest.raises(S2ConfigError, match=message):
+        prepare(config)
+
+
+def test_custom_backend_without_a_pattern(unprepared: Callable[..., VllmConfig]) -> None:
+    compat._register_backend()
+    config = unprepared()
+    config.attention_config.backend = AttentionBackendEnum.CUSTOM
+    with pytest.raises(S2ConfigError, match="attention_backend: CUSTOM"):
+        prepare(config)
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines that start-up has logged."""
+    lines: list[str] = []
+    monkeypatch.setattr(startup._logger, "info", lambda text, *values: lines.append(text % values))
+    return lines
+
+
+def check(plan: CachePlan, specs: dict[str, KVCacheSpec], memory: int = 1 << 30) -> None:
+    """Check what vLLM makes of `specs` in `memory` bytes against `plan`."""
     config = engine_config()
     attach_plan(config, plan)
-    check_and_report(config, cache_config(cache_groups(specs), MEMORY))
+    check_and_report(config, cache_config(cache_groups(specs), memory))
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_what_vllm_makes_of_the_plan(name: str) -> None:
+def test_what_vllm_makes_of_the_plan(name: str, report: list[str]) -> None:
     check(reference_plan(name), cache_specs(reference_plan(name)))
+    (line,) = report
+    assert "in no head's set" not in line
+
+
+def test_report(report: list[str]) -> None:
+    """A request of 131,072 tokens while 2,048 of them are in flight holds 866 block ids of 4 MiB.
+
+    Each of the two window groups has pages of 64 tokens for 1,023 + 2,048 of them and one more, 49; each of
+    the two strided groups 256 of 512 tokens, and the dense one as many. In 64 GiB are 16,384 block ids. If
+    all layers were dense, a request would hold 32 layers of 4 KiB a token: 16 GiB.
+    """
+    plan = reference_plan("hhst-8b")
+    check(plan, cache_specs(plan), memory=64 << 30)
+    (line,) = report
+    assert line == (
+        "S2-Attention: 30 sparse and 2 dense layers; tiers: window (64-token pages), strided (512-token "
+        "pages), dense (512-token pages); a sparse layer stores 13.2% of a dense one at 131072 tokens; KV "
+        "cache for 18.92 requests of that length, 4.00 if all were dense."
+    )
+
+
+def test_nothing_to_report(report: list[str]) -> None:
+    groups = cache_groups(cache_specs(reference_plan("hhst-8b")))
+    check_and_report(engine_config(), cache_config(groups, 1 << 30))
+    assert not report
+
+
+def test_blocks_in_no_heads_set_are_reported(report: list[str]) -> None:
+    """All heads keep the blocks of one residue, and none those of the seven others."""
+    plan = make_plan(S2Config(16, 8, homo_head=True), ModelGeometry(32, 32, 8, 128, DTYPE.itemsize))
+    check(plan, cache_specs(plan))
+    (line,) = report
+    assert line.startswith(
+        "S2-Attention: 32 sparse and 0 dense layers; tiers: window (64-token pages), strided"
+    )
+    assert line.endswith("if all were dense. Some old blocks are in no head's set.")
 
 
 def test_another_plan() -> None:
-    with pytest.raises(RuntimeError, match="KV cache groups"):
+    message = (
+        "KV cache groups (tier, block size, page bytes): vLLM set up "
+        "{('dense', 256, 2097152): 1, ('window', 64, 2097152): 3, ('strided', 512, 2097152): 3}, expected "
+        "{('window', 64, 2097152): 2, ('strided', 512, 2097152): 2, ('dense', 512, 2097152): 1}"
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
         check(reference_plan("hhst-8b"), cache_specs(reference_plan("s2-1.3b")))
 
 
-def test_a_layer_that_did_not_ask_for_pages() -> None:
+OTHERS = "some layers of this model do not use vLLM's Attention layer"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("model.layers.1.self_attn.attn", r"^KV cache groups .*\('window', 64, 2097152\): 4, .* expected"),
+        ("model.layers.2.self_attn.attn", f"^KV cache entries of the window tier: 3, expected 4: {OTHERS}$"),
+        (
+            "model.layers.2.self_attn.attn.strided",
+            f"^KV cache entries of the strided tier: 3, expected 4: {OTHERS}$",
+        ),
+    ],
+    ids=["dense", "window", "strided"],
+)
+def test_a_layer_that_did_not_ask_for_pages(entry: str, message: str) -> None:
     plan = reference_plan("hhst-8b")
     specs = cache_specs(plan)
-    del specs["model.layers.1.self_attn.attn"]
-    with pytest.raises(RuntimeError, match="KV cache"):
+    del specs[entry]
+    with pytest.raises(RuntimeError, match=message):
         check(plan, specs)
 
 
