@@ -12,9 +12,17 @@ def register_models() -> None:
     from transformers import AutoConfig
     from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
     from vllm.model_executor.models import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
+    from s2_vllm.models.families import ARCHITECTURES, register_configs
+    from s2_vllm.models.pattern_required import PatternRequired
     from s2_vllm.models.phi3_small_config import Phi3SmallConfig
     from s2_vllm.models.phi3_small_tokenizer import Phi3SmallTokenizer
+
+    register_configs()
+    for architecture, model_class in ARCHITECTURES.items():
+        ModelRegistry.register_model(architecture, model_class)
+        MODELS_CONFIG_MAP[architecture] = PatternRequired
 
     ModelRegistry.register_model("Phi3SmallForCausalLM", "s2_vllm.models.phi3_small:Phi3SmallForCausalLM")
     AutoConfig.register(Phi3SmallConfig.model_type, Phi3SmallConfig, exist_ok=True)

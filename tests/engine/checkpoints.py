@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,15 @@ FAMILIES: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "mixtral": (MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 
+S2_NAMES: dict[str, dict[str, Any]] = {
+    "llama": {"architectures": ["S2LlamaForCausalLM"], "model_type": "s2_llama"},
+    "qwen2": {"architectures": ["S2Qwen2ForCausalLM"], "model_type": "s2_qwen2"},
+    "qwen3": {"architectures": ["S2Qwen3ForCausalLM"], "model_type": "s2_qwen3"},
+    "mistral": {"architectures": ["S2MistralForCausalLM"], "model_type": "s2_mistral"},
+    "mixtral": {"architectures": ["S2MixtralForCausalLM"], "model_type": "s2_mixtral"},
+}
+"""By which a checkpoint of a family says itself that it needs S2-Attention."""
+
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 128,
@@ -46,6 +56,12 @@ _SHAPE: dict[str, Any] = {
 }
 
 
+def tiny_config(family: str, **shape: Any) -> PreTrainedConfig:
+    """The config of a tiny model of `family`, with values that differ from the default shape."""
+    config_class, own = FAMILIES[family]
+    return config_class(**{**_SHAPE, **own, **shape})
+
+
 def save_checkpoint(
     folder: Path,
     family: str = "llama",
@@ -53,6 +69,7 @@ def save_checkpoint(
     *,
     dtype: torch.dtype = torch.float32,
     weight_std: float = 0.13,
+    names: Mapping[str, Any] | None = None,
     **shape: Any,
 ) -> Path:
     """Save a random model of `family` in `folder`, and return `folder`.
@@ -65,10 +82,10 @@ def save_checkpoint(
         weight_std: standard deviation of the weights. With the default, attention logits have one of 2 to
             3, and a dense model soon says something else; such a model magnifies rounding too, so a
             comparison in bfloat16 wants a smaller one.
+        names: `architectures` and `model_type` that config.json gets instead of the family's own.
         shape: config values that differ from the tiny default shape.
     """
-    config_class, own = FAMILIES[family]
-    config = config_class(**{**_SHAPE, **own, **shape})
+    config = tiny_config(family, **shape)
     if s2 is not None:
         config.s2_attention = dict(s2)
     generator = torch.Generator().manual_seed(0)
@@ -79,6 +96,8 @@ def save_checkpoint(
         else:
             parameter.data.normal_(0.0, weight_std, generator=generator)
     model.to(dtype).save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **(names or {})}, indent=2))
     return folder
 
 

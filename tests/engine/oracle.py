@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -72,8 +72,13 @@ class Oracle:
     """
 
     def __init__(self, checkpoint: Path, s2: Mapping[str, Any] | None = None) -> None:
+        keys, _ = PreTrainedConfig.get_config_dict(checkpoint)
+        family = keys["model_type"].removeprefix("s2_")
         self.model = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, attn_implementation="eager"
+            checkpoint,
+            config=CONFIG_MAPPING[family].from_dict({**keys, "model_type": family}),
+            dtype=torch.float32,
+            attn_implementation="eager",
         ).eval()
         config = self.model.config
         self._heads = config.num_attention_heads, config.num_key_value_heads
