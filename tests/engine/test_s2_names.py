@@ -6,8 +6,11 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from vllm.model_executor.models import ModelRegistry
 
+import s2_vllm.models.transformers  # noqa: F401 (transformers knows the names)
 from tests.engine.checkpoints import FAMILIES, S2_NAMES, random_prompts, tiny_config
 from tests.engine.engines import assert_all_pages_free, attention_layers, engine, greedy
 from tests.engine.oracle import Oracle
@@ -36,7 +39,9 @@ for folder in sys.argv[1:]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_engine_generates_what_the_oracle_does(checkpoint: Callable[..., Path], family: str) -> None:
+def test_engine_and_transformers_generate_what_the_oracle_does(
+    checkpoint: Callable[..., Path], family: str
+) -> None:
     folder = checkpoint(family, S2, names=S2_NAMES[family])
     oracle, dense = Oracle(folder), Oracle(folder, {})
     expected = [oracle.greedy(prompt, NUM_TOKENS)[0] for prompt in PROMPTS]
@@ -46,6 +51,7 @@ def test_engine_generates_what_the_oracle_does(checkpoint: Callable[..., Path], 
         assert kinds == ["S2Attention", "Attention", "S2Attention"]
         assert greedy(llm, PROMPTS, NUM_TOKENS) == expected
         assert_all_pages_free(llm)
+    assert _generate_with_transformers(folder) == expected
 
 
 def test_architecture_under_vllms_model_type(checkpoint: Callable[..., Path]) -> None:
@@ -98,6 +104,18 @@ def test_vllm_without_the_plugin_stops(tmp_path: Path) -> None:
     assert "S2LlamaForCausalLM" in architecture
     assert "not supported" in architecture
     assert "s2_llama" in both
+
+
+def _generate_with_transformers(folder: Path) -> list[list[int]]:
+    """One batch, padded on the left."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    longest = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in PROMPTS])
+    is_token = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in PROMPTS])
+    tokens = model.generate(
+        ids, attention_mask=is_token, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=0
+    )
+    return tokens[:, longest:].tolist()
 
 
 def _write_config(folder: Path, family: str, keys: dict[str, Any]) -> None:
