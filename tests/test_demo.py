@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from s2_vllm.config import find_config
 from s2_vllm.demo.checkpoint import make_checkpoint
 from s2_vllm.demo.corpus import project_text
+from tests.engine.checkpoints import S2_NAMES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,6 +67,11 @@ def test_config_holds_a_pattern_in_which_every_head_has_its_own_shard(checkpoint
     pattern = config.pattern(raw["num_attention_heads"], raw["num_key_value_heads"])
     assert pattern.is_union_complete
     assert len(set(pattern.kept_residues)) == raw["num_key_value_heads"]
+
+
+def test_checkpoint_says_itself_that_it_needs_the_plugin(checkpoint: Path) -> None:
+    raw = json.loads((checkpoint / "config.json").read_text())
+    assert {name: raw[name] for name in ("architectures", "model_type")} == S2_NAMES["llama"]
 
 
 def test_vocabulary_of_model_and_tokenizer_agree(checkpoint: Path) -> None:

@@ -34,8 +34,7 @@ def _run(output: Path) -> None:
     print("Starting vLLM ...", flush=True)
     llm = start_engine(checkpoint)
     plan = plan_of(llm.llm_engine.vllm_config)
-    if plan is None:
-        raise SystemExit("vLLM serves this checkpoint without its pattern: is the plugin s2 disabled?")
+    assert plan is not None, "the checkpoint's architecture requires a pattern"
     warm_up(llm)
     mixed, more_questions = make_batches(llm)
     print(report_batch("Prompts of several lengths:", serve(llm, mixed), plan), flush=True)

@@ -1,4 +1,4 @@
-"""A Llama checkpoint with an S2 pattern: random weights from a seed, and a real tokenizer."""
+"""A checkpoint of a Llama with S2-Attention: random weights from a seed, and a real tokenizer."""
 
 from __future__ import annotations
 
@@ -41,11 +41,13 @@ def make_checkpoint(directory: Path, seed: int = 0) -> None:
         seed: of the weights. The same seed and the same project text give the same files.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
+    from s2_vllm.models.families import S2LlamaConfig
+    from s2_vllm.models.transformers import S2LlamaForCausalLM
+
     tokenizer = train_tokenizer(project_text())
-    config = LlamaConfig(
+    config = S2LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=256,
         intermediate_size=512,
@@ -63,7 +65,7 @@ def make_checkpoint(directory: Path, seed: int = 0) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = S2LlamaForCausalLM(config)
     disable_progress_bar()
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
