@@ -113,10 +113,13 @@ class S2Attention(Attention):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Make the pattern's tables now: no CUDA graph may be waiting for them later.
 
+        Once: vLLM calls this again for new weights, and captured graphs read the tables where they are.
         They are the layer's own, and its buffers: in its sleep mode vLLM frees what was made while loading,
         and keeps parameters and buffers. Tables that others use as well would be gone for them too.
         """
         super().process_weights_after_loading(act_dtype)
+        if self.impl.tables is not None:
+            return
         device = torch.empty(0, device=current_platform.device_type).device
         self.impl.tables = make_head_tables(self.impl.pattern, device)
         for name, table in self.impl.tables._asdict().items():

@@ -147,6 +147,19 @@ def test_what_vllm_remakes_and_keeps_has_the_plan_and_the_tables(checkpoint: Cal
         assert not pointers(of_library) & kept
 
 
+def test_new_weights_leave_the_tables_where_they_are(checkpoint: Callable[..., Path]) -> None:
+    """CUDA graphs, once captured, read them there."""
+    folder = checkpoint("llama", MIXED)
+    with engine(folder) as llm:
+        layers = [layer for layer in model(llm).modules() if isinstance(layer, S2Attention)]
+        before = [pointers(layer.impl.tables) for layer in layers]
+        llm.collective_rpc("reload_weights")
+        assert [pointers(layer.impl.tables) for layer in layers] == before
+        assert set.union(*before) <= {buffer.data_ptr() for _, buffer in model(llm).named_buffers()}
+        (prompt,) = random_prompts([_lengths(MIXED)[-1]])
+        assert greedy(llm, [prompt], NUM_TOKENS) == [Oracle(folder).greedy(prompt, NUM_TOKENS)[0]]
+
+
 def test_options_that_name_the_page_and_the_backend(checkpoint: Callable[..., Path]) -> None:
     """A block size that the plan can honour is the dense layers' page; CUSTOM is this backend's name."""
     folder = checkpoint("llama", MIXED)
