@@ -166,6 +166,19 @@ def find_config(hf_config: Mapping[str, Any], num_layers: int) -> S2Config | Non
     return None
 
 
+def find_model_config(hf_config: object, hf_text_config: object, num_layers: int) -> S2Config | None:
+    """`find_config` in the whole of a model's configuration, then in its text part.
+
+    Args:
+        hf_config, hf_text_config: with the keys of config.json as attributes; may be the same.
+        num_layers: decoder layers of the model.
+    """
+    for part in (hf_config, hf_text_config):
+        if (found := find_config(vars(part), num_layers)) is not None:
+            return found
+    return None
+
+
 def _from_phi3_small(hf_config: Mapping[str, Any], num_layers: int) -> S2Config | None:
     """Phi-3-small: patterns of query heads, shifted by one block; layer i is dense when i + 1 is a
     multiple of `dense_attention_every_n_layers` (modeling_phi3_small.py of the checkpoint), and so

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.model_executor.layers.attention import Attention
 
+    from s2_vllm.hf_config import HFConfig
     from s2_vllm.plan import CachePlan
 
 PLAIN_ARGUMENTS = frozenset(
@@ -44,6 +45,82 @@ _SPECIAL_ARGUMENTS = {
     "sinks": "has attention sinks",
 }
 """Of vLLM's `Attention` and its implementations: what a layer does that is given a value."""
+
+_POOLING_SUFFIXES = (
+    "ForTextEncoding",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+    "ForAudioClassification",
+    "ForImageClassification",
+    "ForVideoClassification",
+    "ForRewardModeling",
+    "Model",
+)
+"""Ends of the names of architectures that vLLM runs as pooling models (vllm/config/model.py, vLLM 0.32)."""
+
+_GENERATING_MODELS = frozenset(
+    {"ChatGLMModel", "MiDashengLMModel", "MossAudioModel", "Qwen2_5OmniModel", "UltravoxModel"}
+)
+"""Architectures that generate, although their names end with "Model" and not "ChatModel" or "LMHeadModel"."""
+
+_RECURRENT_LAYERS = frozenset(
+    {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid", "hybrid_sliding"}
+)
+"""Values of `layer_types` that stand for a recurrent state."""
+
+_LAYER_TYPES = _RECURRENT_LAYERS | {
+    "attention",
+    "full_attention",
+    "sliding_attention",
+    "dense",
+    "sparse",
+    "moe",
+}
+"""Values that stand for those, for attention that can be refused by its window, or for the layer's MLP."""
+
+_RECURRENT_ARCHITECTURES = frozenset(
+    {
+        "BailingMoeV2_5ForCausalLM",
+        "BailingMoeV3ForCausalLM",
+        "BailingMoeV3VLForConditionalGeneration",
+        "FalconH1ForCausalLM",
+        "FalconMambaForCausalLM",
+        "Glm5NextForCausalLM",
+        "Glm5NextForConditionalGeneration",
+        "GraniteMoeHybridForCausalLM",
+        "InternS2MobiusForConditionalGeneration",
+        "InternS2PreviewForConditionalGeneration",
+        "JambaForCausalLM",
+        "KimiK3ForConditionalGeneration",
+        "KimiLinearForCausalLM",
+        "Lfm2ForCausalLM",
+        "Lfm2MoeForCausalLM",
+        "Lfm2VlForConditionalGeneration",
+        "Mamba2ForCausalLM",
+        "MambaForCausalLM",
+        "MiniCPMV4_6ForConditionalGeneration",
+        "MiniCPMV4_7ForConditionalGeneration",
+        "NemotronHForCausalLM",
+        "NemotronHPuzzleForCausalLM",
+        "NemotronH_Nano_Omni_Reasoning_V3",
+        "NemotronH_Nano_VL_V2",
+        "NemotronH_Omni_Reasoning_V3",
+        "NemotronH_Super_Omni_Reasoning_V3",
+        "OlmoHybridForCausalLM",
+        "Qwen3NextForCausalLM",
+        "Qwen3_5ForCausalLM",
+        "Qwen3_5ForConditionalGeneration",
+        "Qwen3_5MoeForCausalLM",
+        "Qwen3_5MoeForConditionalGeneration",
+        "Qwen4ExpForCausalLM",
+        "Qwen4ExpForConditionalGeneration",
+        "Zamba2ForCausalLM",
+    }
+)
+"""Those that vLLM 0.32 knows as hybrid or free of attention, and that generate."""
+
+_BIDIRECTIONAL_IMAGES = ("bagel", "gemma3", "molmo2", "moondream3", "paligemma")
+"""Types of models whose image tokens see one another, where no `is_mm_prefix_lm` says so."""
 
 
 def check_no_pattern(vllm_config: Any, obstacle: str) -> None:
@@ -107,6 +184,72 @@ def check_model(model_config: ModelConfig) -> None:
                 f"{KEY}: {model_config.architecture} {fact}, expected a causal decoder-only model whose "
                 "layers are vLLM's Attention"
             )
+
+
+def check_hf_config(config: HFConfig) -> None:
+    """Refuse a model by its config.json, as far as that shows what an engine will refuse.
+
+    An engine asks vLLM (`check_model`) and each layer. Without one, these are the keys that decide.
+    """
+    whole, text = config.whole, config.text
+
+    def value(key: str) -> Any:
+        return getattr(text, key, None)
+
+    window = _sliding_window(text)
+    other_layer = min(set(value("layer_types") or ()) - _LAYER_TYPES, default=None)
+    facts = {
+        "uses multi-head latent attention (MLA)": value("kv_lora_rank") or value("compress_ratios"),
+        "is an encoder-decoder model": value("is_encoder_decoder")
+        or getattr(whole, "is_encoder_decoder", False),
+        "has layers with a recurrent state": _is_recurrent(config),
+        "runs as a pooling model": _is_pooling(config.architecture),
+        "attends to images in both directions (is_mm_prefix_lm)": getattr(
+            whole, "is_mm_prefix_lm", config.model_type in _BIDIRECTIONAL_IMAGES
+        ),
+        "is a diffusion model (canvas_length)": getattr(whole, "canvas_length", None) is not None,
+        "attends in both directions (is_causal: false)": not (
+            getattr(whole, "is_causal", True) and getattr(text, "is_causal", True)
+        ),
+        "attends in both directions (use_bidirectional_attention)": value("use_bidirectional_attention"),
+        "has layers of several shapes": value("block_configs")
+        or any(getattr(part, "is_heterogeneous", False) for part in (whole, text)),
+        f"has layers of type {other_layer} (layer_types)": other_layer,
+        "shares a layer's KV cache with others (num_kv_shared_layers)": value("num_kv_shared_layers"),
+        "attends in chunks (attention_chunk_size)": value("attention_chunk_size"),
+        "attends in chunks (dual_chunk_attention_config)": value("dual_chunk_attention_config"),
+        "uses ALiBi": value("alibi") or value("model_type") in ("bloom", "step1"),
+        "soft-caps its logits (attn_logit_softcapping)": value("attn_logit_softcapping"),
+        "has attention sinks": value("attention_sinks") or value("model_type") == "gpt_oss",
+        f"has a sliding window ({window} tokens)": window,
+    }
+    for fact, is_so in facts.items():
+        if is_so:
+            raise S2ConfigError(
+                f"{KEY}: {config.architecture} {fact}, expected a causal decoder-only model whose layers are "
+                "vLLM's Attention"
+            )
+
+
+def _sliding_window(text: Any) -> int | None:
+    """Tokens of the sliding window that some layer has, None if none has one."""
+    layer_types = getattr(text, "layer_types", None)
+    if layer_types is not None and "sliding_attention" not in layer_types:
+        return None
+    return getattr(text, "sliding_window", None) or None
+
+
+def _is_recurrent(config: HFConfig) -> bool:
+    if config.architecture in _RECURRENT_ARCHITECTURES:
+        # Such a model can be one of attention layers alone; vLLM looks here, not into the text part.
+        layer_types = getattr(config.whole, "layer_types", None)
+        return layer_types is None or not {"attention", "full_attention"}.issuperset(layer_types)
+    return not _RECURRENT_LAYERS.isdisjoint(getattr(config.text, "layer_types", None) or ())
+
+
+def _is_pooling(architecture: str) -> bool:
+    generates = architecture in _GENERATING_MODELS or architecture.endswith(("ChatModel", "LMHeadModel"))
+    return not generates and architecture.endswith(_POOLING_SUFFIXES)
 
 
 def check_options(vllm_config: VllmConfig) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from s2_vllm import refusals
-from s2_vllm.config import KEY, S2Config, S2ConfigError, find_config
+from s2_vllm.config import KEY, S2Config, S2ConfigError, find_model_config
 from s2_vllm.plan import CachePlan, ModelGeometry, attach_plan, make_plan, plan_of
 from s2_vllm.specs import STRIDED_SUFFIX
 
@@ -124,11 +124,7 @@ def _report(plan: CachePlan, vllm_config: VllmConfig, kv_cache_config: KVCacheCo
 
 def _read_config(model_config: ModelConfig) -> S2Config | None:
     num_layers = model_config.get_total_num_hidden_layers()
-    for hf_config in (model_config.hf_config, model_config.hf_text_config):
-        found = find_config(vars(hf_config), num_layers)
-        if found is not None:
-            return found
-    return None
+    return find_model_config(model_config.hf_config, model_config.hf_text_config, num_layers)
 
 
 def _geometry(vllm_config: VllmConfig) -> ModelGeometry:

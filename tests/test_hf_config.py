@@ -1,0 +1,606 @@
+"""A config.json as the command reads it, against vLLM's own reading; and what is refused by it."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import vllm
+from transformers import CONFIG_MAPPING, CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from vllm.config import ModelConfig
+from vllm.config.model import _get_and_verify_max_len, try_match_architecture_defaults
+from vllm.model_executor.models import registry
+from vllm.transformers_utils.config import patch_rope_parameters
+from vllm.transformers_utils.model_arch_config_convertor import (
+    MODEL_ARCH_CONFIG_CONVERTORS,
+    ModelArchConfigConvertorBase,
+)
+
+from s2_vllm import refusals
+from s2_vllm.config import S2Config, S2ConfigError
+from s2_vllm.hf_config import HFConfig, read_config
+from s2_vllm.plan import ModelGeometry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+S2 = {"local_blocks": 4, "vert_stride": 8}
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+
+
+@pytest.fixture(params=["transformers", "plain"])
+def _reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With transformers' classes, and as if transformers were not installed."""
+    if request.param == "plain":
+        monkeypatch.setitem(sys.modules, "transformers", None)
+
+
+both_readers = pytest.mark.usefixtures("_reader")
+
+
+def read(folder: Path, config: dict[str, Any], overrides: dict[str, Any] | None = None) -> HFConfig:
+    """`config`, saved and read."""
+    (folder / "config.json").write_text(json.dumps(config))
+    return read_config(folder, overrides or {})
+
+
+def error(folder: Path, config: dict[str, Any], overrides: dict[str, Any] | None = None) -> str:
+    """What is said against `config` when it is read."""
+    with pytest.raises(S2ConfigError) as caught:
+        read(folder, config, overrides)
+    return str(caught.value)
+
+
+def refusal(config: HFConfig) -> str | None:
+    """What is said against a model with this config, None if nothing is."""
+    try:
+        refusals.check_hf_config(config)
+    except S2ConfigError as error:
+        name, fact = str(error).removeprefix("s2_attention: ").split(" ", 1)
+        assert name == config.architecture
+        fact, expected = fact.rsplit(", expected ", 1)
+        assert expected == "a causal decoder-only model whose layers are vLLM's Attention"
+        return fact
+    return None
+
+
+REFUSED = {
+    "uses multi-head latent attention (MLA)": (
+        "axk1 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa hy_v4 kimi_linear "
+        "longcat_flash minicpm3"
+    ),
+    "has layers with a recurrent state": (
+        "falcon_h1 falcon_mamba granitemoehybrid inkling_text jamba lfm2 lfm2_moe mamba mamba2 nemotron_h "
+        "olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp qwen4_exp_text "
+        "zamba2"
+    ),
+    "attends to images in both directions (is_mm_prefix_lm)": "gemma3",
+    "attends in both directions (use_bidirectional_attention)": "gemma4_unified",
+    "has layers of several shapes": "gemma4 gemma4_text",
+    "has layers of type chunked_attention (layer_types)": "llama4 llama4_text",
+    "has layers of type compressed_sparse_attention (layer_types)": "deepseek_v4",
+    "shares a layer's KV cache with others (num_kv_shared_layers)": "gemma3n gemma3n_text",
+    "uses ALiBi": "bloom",
+    "soft-caps its logits (attn_logit_softcapping)": "gemma2 vaultgemma",
+    "has attention sinks": "gpt_oss",
+    "has a sliding window (128 tokens)": "granite_swa granitemoe_swa mimo_v2_flash",
+    "has a sliding window (1024 tokens)": "afmoe",
+    "has a sliding window (4096 tokens)": (
+        "cohere2 cohere2_moe exaone4 exaone_moe gemma3_text mistral olmo3"
+    ),
+    "has a sliding window (8192 tokens)": "cwm",
+}
+"""What the default configuration of a type is refused for."""
+
+
+def served_types() -> dict[str, str]:
+    """The architecture of every model type that transformers and vLLM know as a language model."""
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
+    architectures = {kind: name if isinstance(name, str) else name[0] for kind, name in names}
+    return {kind: name for kind, name in architectures.items() if name in registry._VLLM_MODELS}
+
+
+@pytest.mark.parametrize(("model_type", "architecture"), served_types().items())
+def test_every_model_type_is_read_as_vllm_reads_it(
+    model_type: str, architecture: str, tmp_path: Path
+) -> None:
+    config = CONFIG_MAPPING[model_type](architectures=[architecture])
+    config.save_pretrained(tmp_path)
+    ours = read_config(tmp_path, {})
+    fact = refusal(ours)
+    if fact is not None:
+        assert model_type in REFUSED[fact].split()
+        return
+    if model_type == "nemotron":  # vLLM takes no nemotron that does not name its KV heads
+        config.num_key_value_heads = config.num_attention_heads
+    text = config.get_text_config()
+    patch_rope_parameters(text)
+    convertor = MODEL_ARCH_CONFIG_CONVERTORS.get(config.model_type, ModelArchConfigConvertorBase)
+    theirs = convertor(config, text).convert()
+    assert ours.geometry(2) == ModelGeometry(
+        theirs.total_num_hidden_layers,
+        theirs.total_num_attention_heads,
+        theirs.total_num_kv_heads,
+        theirs.head_size,
+        2,
+    )
+    for asked in (None, 1000):
+        assert ours.max_model_len(asked) == _get_and_verify_max_len(text, theirs, None, asked, False, None)
+
+
+def vllm_classes() -> dict[str, set[str]]:
+    """The names of all ancestors of every class among vLLM's models, without importing them."""
+    bases: dict[str, set[str]] = {}
+    root = Path(vllm.__file__).parent
+    for folder in ("model_executor/models", "models"):
+        for file in (root / folder).rglob("*.py"):
+            for name, parents in re.findall(r"^class (\w+)\(([^)]*)\):", file.read_text(), re.MULTILINE):
+                bases.setdefault(name, set()).update(re.findall(r"\w+", parents))
+
+    def ancestors(name: str, found: set[str]) -> set[str]:
+        for base in bases.get(name, set()) - found:
+            found.add(base)
+            ancestors(base, found)
+        return found
+
+    return {name: ancestors(name, set()) for name in bases}
+
+
+def test_architectures_are_what_vllm_takes_them_for() -> None:
+    """By their names alone: recurrent ones, pooling ones, and all others that generate."""
+    ancestors = vllm_classes()
+    generating = {**registry._TEXT_GENERATION_MODELS, **registry._MULTIMODAL_MODELS}
+    assert len(generating) > 200
+    for name, (_, class_name) in {**registry._VLLM_MODELS, "S2LlamaForCausalLM": ("", "")}.items():
+        match = try_match_architecture_defaults(name)
+        expected = None
+        if not ancestors.get(class_name, set()).isdisjoint({"IsHybrid", "IsAttentionFree"}):
+            expected = "has layers with a recurrent state"
+        if name not in generating and match is not None and match[1][0] == "pooling":
+            expected = "runs as a pooling model"
+        if name in generating or name == "S2LlamaForCausalLM" or expected == "runs as a pooling model":
+            config = SimpleNamespace(architectures=[name])
+            assert refusal(HFConfig(config, config)) == expected, name
+
+
+@pytest.mark.parametrize(
+    ("keys", "fact"),
+    [
+        ({"kv_lora_rank": 64}, "uses multi-head latent attention (MLA)"),
+        ({"compress_ratios": [4]}, "uses multi-head latent attention (MLA)"),
+        ({"is_encoder_decoder": True}, "is an encoder-decoder model"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "has layers with a recurrent state"),
+        ({"layer_types": ["conv", "attention"]}, "has layers with a recurrent state"),
+        ({"architectures": ["Lfm2ForCausalLM"]}, "has layers with a recurrent state"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "runs as a pooling model"),
+        ({"is_mm_prefix_lm": True}, "attends to images in both directions (is_mm_prefix_lm)"),
+        ({"model_type": "paligemma"}, "attends to images in both directions (is_mm_prefix_lm)"),
+        ({"canvas_length": 32}, "is a diffusion model (canvas_length)"),
+        ({"is_causal": False}, "attends in both directions (is_causal: false)"),
+        ({"is_causal": None}, "attends in both directions (is_causal: false)"),
+        ({"use_bidirectional_attention": True}, "attends in both directions (use_bidirectional_attention)"),
+        ({"block_configs": [{}]}, "has layers of several shapes"),
+        ({"is_heterogeneous": True}, "has layers of several shapes"),
+        ({"num_kv_shared_layers": 2}, "shares a layer's KV cache with others (num_kv_shared_layers)"),
+        ({"attention_chunk_size": 64}, "attends in chunks (attention_chunk_size)"),
+        ({"dual_chunk_attention_config": {"a": 1}}, "attends in chunks (dual_chunk_attention_config)"),
+        ({"layer_types": ["window_attention"]}, "has layers of type window_attention (layer_types)"),
+        ({"alibi": True}, "uses ALiBi"),
+        ({"model_type": "step1"}, "uses ALiBi"),
+        ({"attn_logit_softcapping": 50.0}, "soft-caps its logits (attn_logit_softcapping)"),
+        ({"attention_sinks": True}, "has attention sinks"),
+        ({"sliding_window": 64}, "has a sliding window (64 tokens)"),
+        (
+            {"sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]},
+            "has a sliding window (64 tokens)",
+        ),
+    ],
+    ids=str,
+)
+def test_a_key_that_no_engine_serves(keys: dict[str, Any], fact: str) -> None:
+    config = SimpleNamespace(**{"architectures": ["LlamaForCausalLM"], "model_type": "llama", **keys})
+    assert refusal(HFConfig(config, config)) == fact
+    # A multi-modal model's text part says it too, but for what is said of the whole.
+    if not keys.keys() & {"architectures", "is_mm_prefix_lm", "canvas_length"} and "paligemma" not in str(
+        keys
+    ):
+        whole = SimpleNamespace(architectures=["LlamaForCausalLM"], model_type="llava", text_config=config)
+        assert refusal(HFConfig(whole, config)) == fact
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"kv_lora_rank": None},
+        {"is_encoder_decoder": False},
+        {"is_causal": True},
+        {"is_mm_prefix_lm": False, "model_type": "paligemma"},
+        {"layer_types": ["full_attention", "attention"], "architectures": ["GraniteMoeHybridForCausalLM"]},
+        {"layer_types": ["full_attention"], "sliding_window": 64},
+        {"layer_types": ["sliding_attention"], "sliding_window": None},
+        {"layer_types": ["dense", "sparse", "moe"]},
+        {"sliding_window": 0},
+        {"sliding_window": None},
+        {"attention_chunk_size": None, "attn_logit_softcapping": None, "num_kv_shared_layers": 0},
+        {"use_bidirectional_attention": False, "attention_sinks": False, "alibi": False},
+        {"architectures": ["ChatGLMModel"]},
+        {"architectures": ["GPT2LMHeadModel"]},
+        {"architectures": ["Phi3SmallForCausalLM"]},
+        {"architectures": None},
+        {},
+    ],
+    ids=str,
+)
+def test_keys_that_are_served(keys: dict[str, Any]) -> None:
+    config = SimpleNamespace(**{"architectures": ["LlamaForCausalLM"], "model_type": "llama", **keys})
+    assert refusal(HFConfig(config, config)) is None
+
+
+def test_a_hybrid_that_has_recurrent_layers_in_its_text_part() -> None:
+    """vLLM looks for the layers of a hybrid in the whole config alone."""
+    text = SimpleNamespace(layer_types=["full_attention"])
+    whole = SimpleNamespace(architectures=["Qwen3_5ForConditionalGeneration"], text_config=text)
+    assert refusal(HFConfig(whole, text)) == "has layers with a recurrent state"
+
+
+def test_a_refusal_names_the_type_where_no_architecture_is_named() -> None:
+    config = SimpleNamespace(model_type="bloom")
+    with pytest.raises(S2ConfigError, match=r"^s2_attention: bloom uses ALiBi, expected a causal"):
+        refusals.check_hf_config(HFConfig(config, config))
+
+
+@both_readers
+@pytest.mark.parametrize(
+    ("config", "heads_and_size", "length"),
+    [
+        pytest.param(LLAMA, (3, 4, 2, 24), 4096, id="llama"),
+        pytest.param(LLAMA | {"head_dim": 40}, (3, 4, 2, 40), 4096, id="head_dim"),
+        pytest.param(LLAMA | {"head_dim": None}, (3, 4, 2, 24), 4096, id="head_dim-null"),
+        pytest.param(LLAMA | {"num_key_value_heads": None}, (3, 4, 4, 24), 4096, id="kv-heads-null"),
+        pytest.param(
+            {"model_type": "gpt2", "n_layer": 5, "n_head": 6, "n_embd": 96, "n_positions": 512},
+            (5, 6, 6, 16),
+            512,
+            id="gpt2",
+        ),
+        pytest.param(
+            {"model_type": "falcon", "multi_query": True, "new_decoder_architecture": False}
+            | {"num_hidden_layers": 2, "num_attention_heads": 71, "hidden_size": 4544}
+            | {"max_position_embeddings": 2048},
+            (2, 71, 1, 64),
+            2048,
+            id="falcon-7b",
+        ),
+        pytest.param(
+            {"model_type": "falcon", "multi_query": True, "new_decoder_architecture": True}
+            | {"num_hidden_layers": 2, "num_attention_heads": 128, "hidden_size": 8192, "num_kv_heads": 8}
+            | {"max_position_embeddings": 2048},
+            (2, 128, 8, 64),
+            2048,
+            id="falcon-40b",
+        ),
+        pytest.param(
+            {"model_type": "dbrx", "n_layers": 4, "n_heads": 6, "d_model": 96, "max_seq_len": 1024}
+            | {"attn_config": {"kv_n_heads": 3}},
+            (4, 6, 3, 16),
+            1024,
+            id="dbrx",
+        ),
+        pytest.param(
+            {"model_type": "nobody-knows-it", "n_layers": 2, "n_heads": 4, "d_model": 64}
+            | {"multi_query_group_num": 2, "hidden_size_per_head": 20, "seq_length": 99},
+            (2, 4, 2, 20),
+            99,
+            id="unknown-type",
+        ),
+        pytest.param(
+            {"model_type": "llava", "text_config": LLAMA, "vision_config": {}},
+            (3, 4, 2, 24),
+            4096,
+            id="text_config",
+        ),
+        pytest.param(
+            {"model_type": "nobody-knows-it", "llm_config": LLAMA}, (3, 4, 2, 24), 4096, id="llm_config"
+        ),
+        pytest.param(
+            LLAMA | {"rope_scaling": {"type": "linear", "factor": 2.5}}, (3, 4, 2, 24), 10240, id="linear"
+        ),
+        pytest.param(
+            LLAMA | {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            (3, 4, 2, 24),
+            8192,
+            id="dynamic",
+        ),
+        pytest.param(
+            LLAMA
+            | {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            (3, 4, 2, 24),
+            4096,
+            id="llama3",
+        ),
+        pytest.param(LLAMA | {"model_max_length": 777}, (3, 4, 2, 24), 777, id="model_max_length"),
+        pytest.param(LLAMA | {"seq_length": 50}, (3, 4, 2, 24), 50, id="the-smallest-length"),
+    ],
+)
+def test_geometry_and_length(
+    config: dict[str, Any], heads_and_size: tuple[int, ...], length: int, tmp_path: Path
+) -> None:
+    found = read(tmp_path, config)
+    assert found.geometry(2) == ModelGeometry(*heads_and_size, dtype_bytes=2)
+    assert found.max_model_len(None) == length
+    assert found.max_model_len(length) == length
+    assert found.max_model_len(1) == 1
+    with pytest.raises(
+        S2ConfigError, match=rf"^--max-model-len: {length + 1}, expected at most {length} \(config.json, "
+    ):
+        found.max_model_len(length + 1)
+
+
+def test_the_key_of_the_length_is_named(tmp_path: Path) -> None:
+    for keys, name in [({}, "max_position_embeddings"), ({"seq_length": 50}, "seq_length")]:
+        with pytest.raises(S2ConfigError, match=rf"^--max-model-len: 9999, .* \(config.json, {name}\)$"):
+            read(tmp_path, LLAMA | keys).max_model_len(9999)
+
+
+@both_readers
+def test_a_long_rope_serves_its_original_length_unless_asked(tmp_path: Path) -> None:
+    scaling = {"type": "longrope", "short_factor": [1.0] * 12, "long_factor": [1.0] * 12}
+    config = LLAMA | {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "rope_scaling": scaling,
+        "original_max_position_embeddings": 256,
+        "pad_token_id": None,
+    }
+    found = read(tmp_path, config)
+    assert found.max_model_len(None) == 256
+    assert found.max_model_len(4096) == 4096
+
+
+@both_readers
+def test_a_model_without_a_length(tmp_path: Path) -> None:
+    config = {key: value for key, value in LLAMA.items() if key != "max_position_embeddings"}
+    found = read(tmp_path, config | {"model_type": "nobody-knows-it"})
+    assert found.max_model_len(123) == 123
+    with pytest.raises(S2ConfigError) as caught:
+        found.max_model_len(None)
+    assert str(caught.value) == "--max-model-len: missing, expected a number (config.json names none)"
+
+
+def test_lengths_of_gemma3_are_scaled_already() -> None:
+    rope = {"full_attention": {"rope_type": "linear", "factor": 8.0}, "sliding_attention": {}}
+    keys = {"max_position_embeddings": 100, "rope_parameters": rope}
+    for model_type, length in [("gemma3_text", 100), ("llama", 800)]:
+        config = SimpleNamespace(model_type=model_type, **keys)
+        assert HFConfig(config, config).max_model_len(None) == length
+
+
+@pytest.mark.parametrize("rope", [None, {}, [], {"rope_type": "linear", "factor": None}], ids=str)
+def test_a_rope_without_a_factor(rope: Any) -> None:
+    config = SimpleNamespace(max_position_embeddings=100, rope_parameters=rope)
+    assert HFConfig(config, config).max_model_len(None) == 100
+
+
+@both_readers
+@pytest.mark.parametrize(
+    ("keys", "fact"),
+    [
+        pytest.param({"sliding_window": 64}, "has a sliding window (64 tokens)", id="llama"),
+        pytest.param(
+            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 2, "model_type": "qwen2"},
+            "has a sliding window (64 tokens)",
+            id="qwen2-last-layer",
+        ),
+        pytest.param(
+            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 3, "model_type": "qwen2"},
+            None,
+            id="qwen2-after-the-last-layer",
+        ),
+        pytest.param(
+            {"use_sliding_window": False, "sliding_window": 64, "model_type": "qwen2"}, None, id="qwen2-off"
+        ),
+        pytest.param({"sliding_window": 64, "model_type": "qwen3"}, None, id="qwen3-by-default"),
+        pytest.param({"sliding_window": None, "model_type": "mistral"}, None, id="mistral-null"),
+    ],
+)
+def test_whether_a_window_is_in_use(keys: dict[str, Any], fact: str | None, tmp_path: Path) -> None:
+    assert refusal(read(tmp_path, LLAMA | keys)) == fact
+
+
+@both_readers
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ({"dtype": "float16"}, "float16"),
+        ({"torch_dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": None}, "float32"),
+        ({}, "float32"),
+    ],
+    ids=str,
+)
+def test_dtype(keys: dict[str, Any], name: str, tmp_path: Path) -> None:
+    assert read(tmp_path, LLAMA | keys).dtype_name() == name
+    nested = {"model_type": "llava", "text_config": LLAMA | keys, "vision_config": {}}
+    assert read(tmp_path, nested).dtype_name() == name
+
+
+@both_readers
+def test_the_pattern_is_looked_for_in_both_parts(tmp_path: Path) -> None:
+    llava = {"model_type": "llava", "vision_config": {}}
+    inner = read(tmp_path, llava | {"text_config": LLAMA | {"s2_attention": S2}})
+    outer = read(tmp_path, llava | {"text_config": LLAMA, "s2_attention": S2 | {"local_blocks": 5}})
+    neither = read(tmp_path, llava | {"text_config": LLAMA})
+    assert inner.pattern_config() == S2Config(4, 8)
+    assert outer.pattern_config() == S2Config(5, 8)
+    assert neither.pattern_config() is None
+    # The whole goes first, and layers are the text part's.
+    both = llava | {"text_config": LLAMA | {"s2_attention": S2}, "s2_attention": S2 | {"local_blocks": 5}}
+    assert read(tmp_path, both).pattern_config() == S2Config(5, 8)
+    last = S2 | {"dense_layers": [2]}
+    assert read(tmp_path, llava | {"text_config": LLAMA | {"s2_attention": last}}).pattern_config()
+    with pytest.raises(S2ConfigError, match="expected layer indices from 0 to 2"):
+        read(tmp_path, LLAMA | {"s2_attention": S2 | {"dense_layers": [3]}}).pattern_config()
+
+
+@both_readers
+def test_phi3_small(tmp_path: Path) -> None:
+    config = {"model_type": "phi3small", "hidden_size": 512, "num_hidden_layers": 4} | {
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 8192,
+        "blocksparse_vert_stride": 8,
+        "blocksparse_block_size": 64,
+        "blocksparse_num_local_blocks": 16,
+        "blocksparse_homo_head_pattern": False,
+        "dense_attention_every_n_layers": 2,
+        "ff_intermediate_size": 512,
+    }
+    found = read(tmp_path, config)
+    assert refusal(found) is None
+    assert found.geometry(2) == ModelGeometry(4, 16, 4, 32, 2)
+    pattern = found.pattern_config()
+    assert pattern is not None
+    assert (pattern.vert_stride, pattern.pattern_heads, pattern.dense_layers) == (8, "query", (1, 3))
+
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "number": {"image_token_index": 7},
+    "new-key": {"s2_attention": S2},
+    "object-replaces-object": {"s2_attention": {"block_size": 32}},
+    "nested-number": {"text_config": {"num_hidden_layers": 9}},
+    "nested-new-object": {"text_config": {"s2_attention": S2}},
+    "nested-object-merged": {"text_config": {"kept": {"b": 3, "c": {"d": 4}}}},
+    "nested-object-for-a-number": {"text_config": {"number": {"a": 1}}},
+    "nested-number-for-an-object": {"text_config": {"kept": 4}},
+    "two-parts": {"text_config": {"num_attention_heads": 2}, "vision_config": {"num_hidden_layers": 5}},
+    "null": {"s2_attention": None},
+}
+
+
+def nested_config() -> PreTrainedConfig:
+    text = LlamaConfig(**{k: v for k, v in LLAMA.items() if k not in ("architectures", "model_type")})
+    text.kept = {"a": 1, "b": 2, "c": {"e": 5}}
+    text.number = 4
+    config = LlavaConfig(text_config=text, vision_config=CLIPVisionConfig(num_hidden_layers=2))
+    config.s2_attention = S2 | {"block_size": 16}
+    return config
+
+
+@pytest.mark.parametrize("overrides", OVERRIDES.values(), ids=OVERRIDES)
+def test_overrides_are_applied_as_vllm_applies_them(overrides: dict[str, Any], tmp_path: Path) -> None:
+    nested_config().save_pretrained(tmp_path)
+    given = deepcopy(overrides)
+    ours = read_config(tmp_path, overrides).whole
+    assert overrides == given
+    theirs = type(ours).from_pretrained(tmp_path)
+    theirs.update({key: value for key, value in overrides.items() if not isinstance(value, dict)})
+    dicts = {key: value for key, value in overrides.items() if isinstance(value, dict)}
+    ModelConfig._apply_dict_overrides(object.__new__(ModelConfig), theirs, deepcopy(dicts))
+    drop = {"transformers_version", "_name_or_path"}
+    assert {k: v for k, v in ours.to_dict().items() if k not in drop} == {
+        k: v for k, v in theirs.to_dict().items() if k not in drop
+    }
+
+
+@pytest.mark.parametrize("overrides", OVERRIDES.values(), ids=OVERRIDES)
+def test_overrides_without_transformers(
+    overrides: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = json.loads(nested_config().to_json_string(use_diff=False))
+    with_classes = read(tmp_path, raw, overrides)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    without = read(tmp_path, raw, overrides)
+    for key in ("s2_attention", "image_token_index"):
+        assert getattr(without.whole, key) == getattr(with_classes.whole, key)
+    for key in ("s2_attention", "num_hidden_layers", "num_attention_heads", "kept", "number"):
+        assert getattr(without.text, key, None) == getattr(with_classes.text, key, None)
+
+
+@both_readers
+def test_an_override_of_the_type_decides_how_the_file_is_read(tmp_path: Path) -> None:
+    overrides = {"model_type": "qwen2", "sliding_window": 64}
+    assert read(tmp_path, LLAMA, overrides).text.sliding_window in (64, None)
+    assert refusal(read(tmp_path, LLAMA | {"sliding_window": 64}, {"model_type": "qwen2"})) is None
+
+
+@both_readers
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"num_hidden_layers": None}, "num_hidden_layers: None, expected a positive integer"),
+        ({"num_attention_heads": 0}, "num_attention_heads: 0, expected a positive integer"),
+        ({"hidden_size": "96"}, "hidden_size: '96', expected a positive integer"),
+        ({"max_position_embeddings": True}, "max_position_embeddings: True, expected a positive integer"),
+        ({"num_key_value_heads": -1}, "num_key_value_heads: -1, expected a positive integer"),
+        ({"head_dim": 1.5}, "head_dim: 1.5, expected a positive integer"),
+    ],
+    ids=str,
+)
+def test_what_is_no_count(keys: dict[str, Any], message: str, tmp_path: Path) -> None:
+    assert error(tmp_path, LLAMA | keys) == message
+    assert error(tmp_path, LLAMA, keys) == message
+    llava = {"model_type": "llava", "vision_config": {}}
+    assert error(tmp_path, llava | {"text_config": LLAMA | keys}) == message
+    assert error(tmp_path, llava | {"text_config": LLAMA}, {"text_config": keys}) == message
+
+
+def test_what_is_missing(tmp_path: Path) -> None:
+    for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"):
+        config = {k: v for k, v in LLAMA.items() if k != key}
+        with pytest.raises(S2ConfigError) as caught:
+            read(tmp_path, config | {"model_type": "nobody-knows-it"}).geometry(2)
+        assert str(caught.value) == f"{key}: None, expected a positive integer"
+
+
+def test_what_a_class_does_not_take(tmp_path: Path) -> None:
+    message = error(tmp_path, LLAMA | {"attention_dropout": "much"})
+    assert message.startswith(f"{tmp_path / 'config.json'}: Validation error for field 'attention_dropout'")
+    assert message.endswith(", expected what LlamaConfig takes")
+    assert "\n" not in message
+    message = error(tmp_path, LLAMA, {"attention_dropout": "much"})
+    assert message.endswith(", expected what LlamaConfig takes")
+
+
+def test_floats_that_json_does_not_have(tmp_path: Path) -> None:
+    config = read(tmp_path, LLAMA | {"model_type": "nobody-knows-it", "x": {"__float__": "-Infinity"}})
+    assert config.whole.x == float("-inf")
+    config = read(tmp_path, LLAMA | {"model_type": "nobody-knows-it", "x": {"__float__": "1", "y": 2}})
+    assert config.whole.x == {"__float__": "1", "y": 2}
+
+
+def test_the_file_is_left_alone(tmp_path: Path) -> None:
+    read(tmp_path, LLAMA, {"num_hidden_layers": 2})
+    assert json.loads((tmp_path / "config.json").read_text()) == LLAMA
+
+
+def test_the_file_or_its_folder(tmp_path: Path) -> None:
+    read(tmp_path, LLAMA)
+    (tmp_path / "config.json").rename(tmp_path / "other.json")
+    assert read_config(tmp_path / "other.json", {}).architecture == "LlamaForCausalLM"
+    with pytest.raises(OSError, match=r"config\.json"):
+        read_config(tmp_path, {})
