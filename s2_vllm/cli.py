@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from s2_vllm.config import KEY, S2Config, S2ConfigError, find_config
-from s2_vllm.plan import CachePlan, ModelGeometry, make_plan
+from s2_vllm import refusals
+from s2_vllm.config import KEY, S2Config, S2ConfigError
+from s2_vllm.hf_config import HFConfig, read_config
+from s2_vllm.plan import CachePlan, make_plan
 
-DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "half": 2, "float32": 4, "float": 4}
 # With asynchronous scheduling, its default on a GPU, vLLM has two steps in flight at a time.
 STEPS_IN_FLIGHT = 2
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+UNITS = {
+    "": 1,
+    # As vLLM reads them: a small letter is decimal, a capital one binary.
+    **{unit: 1000**power for power, unit in enumerate("kmgt", 1)},
+    **{unit: 1024**power for power, unit in enumerate("KMGT", 1)},
+    **{f"{unit}B": 1000**power for power, unit in enumerate("KMGT", 1)},
+    **{f"{unit}iB": 1024**power for power, unit in enumerate("KMGT", 1)},
+}
+MAX_LISTED_HEADS = 8
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status, 2 after an error that one line explains."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_args(_with_dashes(sys.argv[1:] if argv is None else argv))
     try:
         arguments.run(arguments)
     except (S2ConfigError, OSError) as error:
@@ -31,47 +43,129 @@ def main(argv: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="s2-vllm", description="S2-Attention patterns and KV cache plans.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     plan = commands.add_parser("plan", help="the KV cache that vLLM will set up for a model")
-    plan.add_argument("model", metavar="CONFIG_OR_DIR", type=Path, help="config.json, or its folder")
-    plan.add_argument("--max-model-len", type=positive_int, metavar="N", help="default: the model's")
-    plan.add_argument("--kv-cache-memory", type=_bytes, default=_bytes("40GiB"), metavar="SIZE")
-    plan.add_argument("--tensor-parallel-size", type=positive_int, default=1, metavar="T")
-    plan.add_argument("--max-num-batched-tokens", type=positive_int, default=8192, metavar="N")
-    plan.add_argument("--block-size", type=positive_int, metavar="N", help="as for vllm serve")
-    plan.add_argument("--dtype", choices=["auto", *DTYPE_BYTES], default="auto")
-    plan.add_argument("--hf-overrides", type=_overrides, default={}, metavar="JSON")
+    _add_model(plan)
+    plan.add_argument(
+        "--max-model-len",
+        type=positive_count,
+        metavar="N",
+        help="tokens of the longest request, e.g. 32768, 32k (32,000) or 32K (32,768) (default: the model's)",
+    )
+    plan.add_argument(
+        "--kv-cache-memory-bytes",
+        "--kv-cache-memory",
+        type=_bytes,
+        default="40GiB",
+        metavar="SIZE",
+        help="KV cache of one GPU, e.g. 40G or 40GiB (2^30 bytes each), 40g or 40GB (10^9) (default: 40GiB)",
+    )
+    plan.add_argument(
+        "--tensor-parallel-size", "-tp", type=positive_int, default=1, metavar="T", help="GPUs (default: 1)"
+    )
+    plan.add_argument(
+        "--max-num-batched-tokens",
+        type=positive_count,
+        default=8192,
+        metavar="N",
+        help="tokens of a step (default: 8192, that of `vllm serve` on an H100 or H200)",
+    )
+    plan.add_argument(
+        "--block-size",
+        type=positive_int,
+        metavar="N",
+        help="tokens per page of a dense layer (default: what the plan needs)",
+    )
+    plan.add_argument(
+        "--dtype",
+        choices=["auto", *DTYPE_BYTES],
+        default="auto",
+        help="of the model and its KV cache (default: auto, 16 bits whatever the checkpoint has)",
+    )
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     plan.set_defaults(run=_plan)
     show = commands.add_parser("show", help="draw the pattern, one panel per head")
-    show.add_argument("model", metavar="CONFIG_OR_DIR", type=Path)
-    show.add_argument("-o", "--output", type=Path, default=Path("pattern.png"), metavar="FILE")
-    show.add_argument("--num-blocks", type=positive_int, metavar="N")
-    show.add_argument("--hf-overrides", type=_overrides, default={}, metavar="JSON")
+    _add_model(show)
+    show.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("pattern.png"),
+        metavar="FILE",
+        help="image, PNG or SVG (default: pattern.png)",
+    )
+    show.add_argument(
+        "--num-blocks",
+        type=positive_int,
+        metavar="N",
+        help="blocks along each side of a panel (default: enough to see two strided blocks leave the window, "
+        "64 at most)",
+    )
     show.set_defaults(run=_show)
     return parser
 
 
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="CONFIG_OR_DIR", type=Path, help="config.json, or its folder")
+    command.add_argument(
+        "--hf-overrides",
+        type=_overrides,
+        default={},
+        metavar="JSON",
+        help="keys of config.json to set, as for `vllm serve` (default: {})",
+    )
+
+
+class _Version(argparse.Action):
+    """Look the version up only when it is asked for: the command works from a clone as well."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        try:
+            version = importlib.metadata.version("s2-vllm")
+        except importlib.metadata.PackageNotFoundError:
+            version = "(not installed)"
+        print(f"s2-vllm {version}")
+        parser.exit()
+
+
+def _with_dashes(arguments: list[str]) -> list[str]:
+    """Options with dashes where they may have underscores, which vLLM takes as well."""
+    return [re.sub(r"^--[^=]+", lambda name: name[0].replace("_", "-"), argument) for argument in arguments]
+
+
 def _plan(arguments: argparse.Namespace) -> None:
-    raw = _read(arguments.model, arguments.hf_overrides)
-    config, model = _config_of(raw), _geometry_of(raw, arguments.dtype)
-    plan = make_plan(config, model, arguments.tensor_parallel_size, arguments.block_size)
-    if arguments.max_model_len is None and raw.get("max_position_embeddings") is None:
-        raise S2ConfigError("--max-model-len: missing, expected a number (config.json names none)")
-    length = arguments.max_model_len or _integer(raw, "max_position_embeddings")
-    facts = describe(plan, length, arguments.kv_cache_memory, arguments.max_num_batched_tokens)
+    config, pattern_config = _model(arguments)
+    dtype_bytes = _dtype_bytes(config.dtype_name(), arguments.dtype)
+    plan = make_plan(
+        pattern_config,
+        config.geometry(dtype_bytes),
+        arguments.tensor_parallel_size,
+        arguments.block_size,
+    )
+    length = config.max_model_len(arguments.max_model_len)
+    facts = describe(plan, length, arguments.kv_cache_memory_bytes, arguments.max_num_batched_tokens)
     print(json.dumps(facts, indent=2) if arguments.json else _table(facts))
 
 
 def _show(arguments: argparse.Namespace) -> None:
-    raw = _read(arguments.model, arguments.hf_overrides)
-    model = _geometry_of(raw)
-    pattern = _config_of(raw).pattern(model.num_heads, model.num_kv_heads)
+    config, pattern_config = _model(arguments)
+    model = config.geometry(DTYPE_BYTES["bfloat16"])
+    pattern = pattern_config.pattern(model.num_heads, model.num_kv_heads)
     try:
         pattern.draw(arguments.output, arguments.num_blocks)
     except ValueError as error:
         raise S2ConfigError(str(error)) from error
     print(f"saved {arguments.output}")
+
+
+def _model(arguments: argparse.Namespace) -> tuple[HFConfig, S2Config]:
+    config = read_config(arguments.model, arguments.hf_overrides)
+    refusals.check_hf_config(config)
+    pattern_config = config.pattern_config()
+    if pattern_config is None:
+        raise S2ConfigError(f"{KEY}: missing, expected the key in config.json or in --hf-overrides")
+    return config, pattern_config
 
 
 def positive_int(text: str) -> int:
@@ -83,6 +177,18 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a positive integer")
     return int(text)
+
+
+def positive_count(text: str) -> int:
+    """`text` as a positive integer with or without one of vLLM's suffixes: 1k is 1000, 1K is 1024.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    number = _with_unit(text, "[kmgtKMGT]?")
+    if number is None:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a positive integer such as 32768, 32k or 32K")
+    return number
 
 
 def describe(plan: CachePlan, length: int, memory: int, batched_tokens: int) -> dict[str, Any]:
@@ -112,6 +218,8 @@ def describe(plan: CachePlan, length: int, memory: int, batched_tokens: int) -> 
             }
             for tier in plan.tiers
         ],
+        "residues": plan.pattern.kept_residues,
+        "vert_stride": plan.pattern.vert_stride,
         "kv_cache_groups": sum(map(plan.num_groups, plan.tiers)),
         "prefix_hit_tokens": plan.hit_alignment,
         "union_complete": plan.pattern.is_union_complete,
@@ -119,6 +227,7 @@ def describe(plan: CachePlan, length: int, memory: int, batched_tokens: int) -> 
         "kv_bytes_per_request": plan.bytes_per_request(length),
         "kv_bytes_per_request_dense": dense_bytes,
         "kv_cache_memory": memory,
+        "max_num_batched_tokens": batched_tokens,
         "concurrent_requests": blocks / plan.blocks_per_request(length, STEPS_IN_FLIGHT * batched_tokens),
         "concurrent_requests_dense": memory / dense_bytes,
     }
@@ -136,70 +245,59 @@ def _table(facts: dict[str, Any]) -> str:
     notes = {
         "KV cache groups": f"{facts['kv_cache_groups']} ({facts['layers_per_entry']} sparse layers an entry)",
         "prefix-cache hits": f"on multiples of {facts['prefix_hit_tokens']} tokens",
+        "residues by KV head": f"{_residues(facts['residues'])}, modulo {facts['vert_stride']}",
         "old blocks": "each in some head's set" if facts["union_complete"] else "some in NO head's set",
         "request": f"{facts['max_model_len']} tokens, per rank of {facts['tensor_parallel_size']}",
         "  a sparse layer stores": f"{facts['stored_fraction_sparse_layer']:.1%} of a dense one",
         "  KV cache": f"{_size(sparse)} ({sparse / dense:.1%} of {_size(dense)} if all layers were dense)",
-        f"  fit in {_size(facts['kv_cache_memory'])}": f"{facts['concurrent_requests']:.2f} "
+        f"  fit in {_size(facts['kv_cache_memory'])}": f"{facts['concurrent_requests']:.2f} with steps of "
+        f"{facts['max_num_batched_tokens']} tokens "
         f"({facts['concurrent_requests_dense']:.2f} if all layers were dense)",
     }
     lines += ["", *(f"{name:<24}{text}" for name, text in notes.items())]
     return "\n".join(lines)
 
 
-def _read(path: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        raw = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise S2ConfigError(f"{file}: {error}, expected JSON") from error
-    if not isinstance(raw, dict):
-        raise S2ConfigError(f"{file}: {type(raw).__name__}, expected a JSON object")
-    return {**raw, **overrides}
+def _residues(by_head: Sequence[Sequence[int]]) -> str:
+    """The residues that each KV head keeps, of the first heads where there are many."""
+    heads = [",".join(map(str, kept)) for kept in by_head]
+    listed = " ".join(heads[:MAX_LISTED_HEADS])
+    return listed if len(heads) <= MAX_LISTED_HEADS else f"{listed} ... ({len(heads)} heads)"
 
 
-def _config_of(raw: dict[str, Any]) -> S2Config:
-    config = find_config(raw, _integer(raw, "num_hidden_layers"))
-    if config is None:
-        raise S2ConfigError(f"{KEY}: missing, expected the key in config.json or in --hf-overrides")
-    return config
+def _dtype_bytes(stored: str, dtype: str) -> int:
+    """Bytes of a value in the KV cache.
 
-
-def _geometry_of(raw: dict[str, Any], dtype: str = "auto") -> ModelGeometry:
-    heads = _integer(raw, "num_attention_heads")
-    head_size = raw.get("head_dim")
-    return ModelGeometry(
-        num_layers=_integer(raw, "num_hidden_layers"),
-        num_heads=heads,
-        num_kv_heads=_integer(raw, "num_key_value_heads", heads),
-        head_size=_integer(raw, "hidden_size") // heads if head_size is None else _integer(raw, "head_dim"),
-        dtype_bytes=_dtype_bytes(raw, dtype),
-    )
-
-
-def _dtype_bytes(raw: dict[str, Any], dtype: str) -> int:
-    if dtype != "auto":
-        return DTYPE_BYTES[dtype]
-    stored = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16")
+    Args:
+        stored: the dtype of the checkpoint.
+        dtype: what the engine is asked for.
+    """
     if stored not in DTYPE_BYTES:
         raise S2ConfigError(f"dtype: {stored}, expected one of {sorted(DTYPE_BYTES)}")
     # vLLM's "auto" runs float32 checkpoints in 16 bits.
-    return 2 if stored == "float32" else DTYPE_BYTES[stored]
-
-
-def _integer(raw: dict[str, Any], key: str, default: int | None = None) -> int:
-    value = raw.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise S2ConfigError(f"{key}: {value!r}, expected a positive integer")
-    return value
+    return 2 if dtype == "auto" else DTYPE_BYTES[dtype]
 
 
 def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]i?B)?", text)
-    if match is None or float(match[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a size such as 40GiB")
-    return int(float(match[1]) * UNITS[match[2] or ""])
+    number = _with_unit(text, "[kmgt]| ?[KMGT](?:i?B)?|")
+    if number is None:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a size such as 40GiB or 40G")
+    return number
+
+
+def _with_unit(text: str, units: str) -> int | None:
+    """`text`, a number and a unit that matches `units`, as a positive integer; None if it is none.
+
+    Like vLLM, take no fraction of a bare binary unit: 1.5G may be meant to be 1.5g.
+    """
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?)({units})", text.strip())
+    if match is None:
+        return None
+    number, unit = match[1], match[2].strip()
+    if "." in number and unit in ("", *"KMGT"):
+        return None
+    factor = float(number) if "." in number else int(number)
+    return int(factor * UNITS[unit]) or None
 
 
 def _overrides(text: str) -> dict[str, Any]:

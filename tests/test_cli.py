@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from vllm.utils.argparse_utils import human_readable_int
 
 from benchmarks.geometries import GEOMETRIES
-from s2_vllm.cli import main
+from s2_vllm.cli import main, positive_count
 
 GIB = 2**30
 
@@ -31,12 +38,25 @@ def _plan(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, A
     return json.loads(capsys.readouterr().out)
 
 
+def _table(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main(["plan", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
 def _error(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert main([*map(str, arguments)]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.count("\n") == 1
-    return captured.err
+    assert captured.err.startswith("s2-vllm: error: ")
+    return captured.err.removeprefix("s2-vllm: error: ").rstrip("\n")
+
+
+def _usage_error(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    with pytest.raises(SystemExit) as exit_info:
+        main([*map(str, arguments)])
+    assert exit_info.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def test_plan_counts_the_bytes_of_every_tier(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,8 +140,9 @@ def test_missing_geometry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_bad_length(tmp_path: Path, length: Any, capsys: pytest.CaptureFixture[str]) -> None:
     _save(tmp_path, GEOMETRIES["hhst-8b"].hf_config(max_position_embeddings=length))
     message = f"max_position_embeddings: {length!r}, expected a positive integer"
-    assert message in _error(capsys, "plan", tmp_path)
-    assert _plan(capsys, tmp_path, "--max-model-len", 4096)["max_model_len"] == 4096
+    assert _error(capsys, "plan", tmp_path) == message
+    # No engine starts on such a file, whatever length it is asked for.
+    assert _error(capsys, "plan", tmp_path, "--max-model-len", 4096) == message
 
 
 def test_heads_that_the_engine_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,22 +155,406 @@ def test_unsupported_image(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
-    ("option", "value"),
-    [("--kv-cache-memory", "40XB"), ("--max-model-len", "0"), ("--hf-overrides", "[1]")],
+    ("option", "value", "expected"),
+    [
+        ("--kv-cache-memory", "40XB", "'40XB', expected a size such as 40GiB or 40G"),
+        ("--kv-cache-memory", "0G", "'0G', expected a size such as 40GiB or 40G"),
+        ("--kv-cache-memory", "1.5G", "'1.5G', expected a size such as 40GiB or 40G"),
+        ("--kv-cache-memory", "40 g", "'40 g', expected a size such as 40GiB or 40G"),
+        ("--kv-cache-memory", "-1", "'-1', expected a size such as 40GiB or 40G"),
+        ("--max-model-len", "0", "'0', expected a positive integer such as 32768, 32k or 32K"),
+        ("--max-model-len", "128KiB", "'128KiB', expected a positive integer such as 32768, 32k or 32K"),
+        ("--max-model-len", "1.5K", "'1.5K', expected a positive integer such as 32768, 32k or 32K"),
+        ("--max-model-len", "auto", "'auto', expected a positive integer such as 32768, 32k or 32K"),
+        ("--max-num-batched-tokens", "many", "'many', expected a positive integer such as 32768, 32k or 32K"),
+        ("--tensor-parallel-size", "0", "'0', expected a positive integer"),
+        ("--tensor-parallel-size", "2k", "'2k', expected a positive integer"),
+        ("--block-size", "-64", "'-64', expected a positive integer"),
+        ("--dtype", "int8", "invalid choice: 'int8'"),
+        ("--hf-overrides", "[1]", "'[1]', expected a JSON object"),
+        ("--hf-overrides", "{", "'{': Expecting property name enclosed in double quotes"),
+    ],
 )
-def test_bad_option(model: Path, option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as exit_info:
-        main(["plan", str(model), option, value])
-    assert exit_info.value.code == 2
-    assert option in capsys.readouterr().err
+def test_bad_option(
+    model: Path, option: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = _usage_error(capsys, "plan", model, f"{option}={value}")
+    assert message.startswith("s2-vllm plan: error: argument ")
+    assert option in message
+    assert expected in message
 
 
-def test_needs_neither_vllm_nor_torch(model: Path) -> None:
-    """Planning must work where no GPU software is: it imports neither."""
+def test_broken_overrides_are_called_so(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _usage_error(capsys, "plan", model, "--hf-overrides", "{").endswith(", expected JSON")
+
+
+def test_plans_without_torch_transformers_and_vllm(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Planning must work where no GPU software is."""
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'transformers', 'triton', 'vllm'):\n"
+        "    sys.modules[name] = None  # importing it fails\n"
+        "from s2_vllm.cli import main\n"
+        f"sys.exit(main(['plan', {str(model)!r}]))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == _table(capsys, model)
+    assert done.stderr == ""
+
+
+def test_never_imports_vllm(model: Path) -> None:
     code = (
         "import sys\n"
         "from s2_vllm.cli import main\n"
-        f"status = main(['plan', {str(model)!r}])\n"
-        "sys.exit(status or ('torch' in sys.modules) or ('vllm' in sys.modules))\n"
+        f"sys.exit(main(['plan', {str(model)!r}]) or 'vllm' in sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--version"])
+    assert exit_info.value.code == 0
+    assert capsys.readouterr().out == f"s2-vllm {importlib.metadata.version('s2-vllm')}\n"
+
+    def fail(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", fail)
+    with pytest.raises(SystemExit):
+        main(["--version"])
+    assert capsys.readouterr().out == "s2-vllm (not installed)\n"
+
+
+def test_a_command_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _usage_error(capsys) == "s2-vllm: error: the following arguments are required: COMMAND"
+
+
+HELP = {
+    "plan": {
+        "--max-model-len N": "e.g. 32768, 32k (32,000) or 32K (32,768) (default: the model's)",
+        "--kv-cache-memory-bytes SIZE, --kv-cache-memory SIZE": (
+            "e.g. 40G or 40GiB (2^30 bytes each), 40g or 40GB (10^9) (default: 40GiB)"
+        ),
+        "--tensor-parallel-size T, -tp T": "GPUs (default: 1)",
+        "--max-num-batched-tokens N": "(default: 8192, that of `vllm serve` on an H100 or H200)",
+        "--block-size N": "tokens per page of a dense layer (default: what the plan needs)",
+        "--dtype {auto,bfloat16,float16,half,float32,float}": "(default: auto, 16 bits whatever",
+        "--hf-overrides JSON": "keys of config.json to set, as for `vllm serve` (default: {})",
+        "--json": "print JSON instead of a table",
+    },
+    "show": {
+        "-o FILE, --output FILE": "image, PNG or SVG (default: pattern.png)",
+        "--num-blocks N": "(default: enough to see two strided blocks leave the window, 64 at most)",
+        "--hf-overrides JSON": "keys of config.json to set, as for `vllm serve` (default: {})",
+    },
+}
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_every_option_has_its_help_and_default(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as exit_info:
+        main([command, "--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out.split("options:\n")[1]
+    found = re.findall(r"^  (-\S.*?)(?:  +|\n +)(.*)$", text, re.MULTILINE)
+    options = dict(found)
+    # From Python 3.13 on a value is named once.
+    short = {
+        re.sub(r"(\S+) (\S+), (\S+) \2", r"\1, \3 \2", option): text for option, text in HELP[command].items()
+    }
+    del options["-h, --help"]
+    assert options.keys() in (HELP[command].keys(), short.keys())
+    for option, text in (HELP[command] | short).items():
+        assert text in options.get(option, text)
+    for text in options.values():
+        assert "default: " in text or text == "print JSON instead of a table"
+
+
+def test_the_commands_say_what_they_do(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = capsys.readouterr().out
+    assert "S2-Attention patterns and KV cache plans." in text
+    assert re.search(r"plan +the KV cache that vLLM will set up for a model\n", text)
+    assert re.search(r"show +draw the pattern, one panel per head\n", text)
+    assert re.search(r"--version +show the version and exit\n", text)
+    for command in HELP:
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert re.search(r"CONFIG_OR_DIR +config.json, or its folder\n", capsys.readouterr().out)
+
+
+def test_defaults_are_what_the_help_says(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    defaults = (
+        "--max-model-len=131072 --kv-cache-memory-bytes=40GiB --tensor-parallel-size=1 "
+        "--max-num-batched-tokens=8192 --block-size=512 --dtype=auto --hf-overrides={}"
+    )
+    facts = _plan(capsys, model)
+    assert facts == _plan(capsys, model, *defaults.split())
+    assert facts["kv_cache_memory"] == 40 * GIB
+    assert facts["max_num_batched_tokens"] == 8192
+    assert facts["max_model_len"] == 131072
+    assert facts["tensor_parallel_size"] == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ("1", 1),
+        ("123456789", 123456789),
+        ("1k", 1000),
+        ("2m", 2 * 10**6),
+        ("3g", 3 * 10**9),
+        ("4t", 4 * 10**12),
+        ("1.5g", 1_500_000_000),
+        ("1K", 1024),
+        ("2M", 2 * 2**20),
+        ("40G", 40 * 2**30),
+        ("4T", 4 * 2**40),
+        ("1KB", 1000),
+        ("2MB", 2 * 10**6),
+        ("40GB", 40 * 10**9),
+        ("4TB", 4 * 10**12),
+        ("1KiB", 1024),
+        ("2MiB", 2 * 2**20),
+        ("40 GiB", 40 * 2**30),
+        ("1.5GiB", 3 * 2**29),
+        ("4TiB", 4 * 2**40),
+        (" 40G ", 40 * 2**30),
+    ],
+)
+@pytest.mark.parametrize(
+    "option", ["--kv-cache-memory", "--kv-cache-memory-bytes", "--kv_cache_memory_bytes"]
+)
+def test_sizes(
+    model: Path, option: str, size: str, expected: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _plan(capsys, model, f"{option}={size}")["kv_cache_memory"] == expected
+
+
+@given(
+    number=st.integers(0, 10**6) | st.decimals(0, 10**6, places=3),
+    suffix=st.sampled_from(["", *"kKmMgGtT"]),
+)
+def test_counts_are_read_as_vllm_reads_them(number: Any, suffix: str) -> None:
+    text = f"{number}{suffix}"
+    try:
+        expected = human_readable_int(text)
+    except (ValueError, argparse.ArgumentTypeError):
+        expected = 0
+    if expected > 0:
+        assert positive_count(text) == expected
+    else:
+        with pytest.raises(argparse.ArgumentTypeError):
+            positive_count(text)
+
+
+def test_counts_of_tokens(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = _plan(capsys, model, "--max-model-len", "128k", "--max-num-batched-tokens", "16K")
+    assert (facts["max_model_len"], facts["max_num_batched_tokens"]) == (128000, 16384)
+    assert _plan(capsys, model, "--max_model_len", "128K")["max_model_len"] == 131072
+    overrides = '{"max_position_embeddings": 5000}'
+    assert _plan(capsys, model, f"--hf_overrides={overrides}")["max_model_len"] == 5000
+
+
+@pytest.mark.parametrize("option", ["-tp", "--tensor-parallel-size"])
+def test_tensor_parallel(model: Path, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    facts = _plan(capsys, model, option, "4")
+    assert facts["tensor_parallel_size"] == 4
+    assert facts["kv_bytes_per_request_dense"] == 4 * GIB
+
+
+BYTES = {"auto": 2, "half": 2, "float16": 2, "bfloat16": 2, "float": 4, "float32": 4}
+
+
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "size"), BYTES.items())
+def test_bytes_of_every_dtype(
+    tmp_path: Path, dtype: str, size: int, stored: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a checkpoint is stored in does not matter: by default vLLM runs float32 in 16 bits."""
+    _save(tmp_path, GEOMETRIES["hhst-8b"].hf_config(dtype=stored))
+    facts = _plan(capsys, tmp_path, "--dtype", dtype)
+    assert facts["kv_bytes_per_request_dense"] == 131072 * 32 * 8 * 2 * 128 * size
+    assert facts["tiers"][0]["bytes_per_page"] == 8 * 8 * 64 * 2 * 128 * size
+
+
+def test_a_dtype_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _save(tmp_path, GEOMETRIES["hhst-8b"].hf_config(dtype="float8_e4m3fn"))
+    assert _error(capsys, "plan", tmp_path) == (
+        "dtype: float8_e4m3fn, expected one of ['bfloat16', 'float', 'float16', 'float32', 'half']"
+    )
+
+
+def test_facts(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def tier(name: str, layers: int, block_size: int, slots: int, groups: int) -> dict[str, Any]:
+        return {
+            "tier": name,
+            "layers": layers,
+            "block_size": block_size,
+            "slots": slots,
+            "bytes_per_page": 2097152,
+            "groups": groups,
+        }
+
+    # A block is two pages of 2 MiB. A request takes 256 of a strided or a dense group, and of a window group
+    # those of the window, or of the window and two steps.
+    blocks = 40 * GIB // (2 * 2**21)
+    assert _plan(capsys, model) == {
+        "max_model_len": 131072,
+        "tensor_parallel_size": 1,
+        "layers_per_entry": 8,
+        "tiers": [
+            tier("window", 30, 64, 64, 2),
+            tier("strided", 30, 512, 64, 2),
+            tier("dense", 2, 512, 512, 1),
+        ],
+        "residues": [[0], [7], [6], [5], [4], [3], [2], [1]],
+        "vert_stride": 8,
+        "kv_cache_groups": 5,
+        "prefix_hit_tokens": 512,
+        "union_complete": True,
+        "stored_fraction_sparse_layer": (1024 - 64 + 131072 / 8) / 131072,
+        "kv_bytes_per_request": (2 * 17 + 2 * 256 + 256) * 2 * 2**21,
+        "kv_bytes_per_request_dense": 16 * GIB,
+        "kv_cache_memory": 40 * GIB,
+        "max_num_batched_tokens": 8192,
+        "concurrent_requests": blocks / (2 * 273 + 2 * 256 + 256),
+        "concurrent_requests_dense": 2.5,
+    }
+
+
+def test_table_of_a_pattern_with_gaps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Few heads leave blocks that no head keeps, and many heads are not all listed."""
+    s2 = {"local_blocks": 2, "vert_stride": 16, "head_sliding_step": 2}
+    config = GEOMETRIES["s2-1.3b"].hf_config(s2_attention=s2, max_position_embeddings=4096, head_dim=64)
+    arguments = ["--kv-cache-memory", "700MiB", "-tp", "2", "--max-num-batched-tokens", "512"]
+    assert _table(capsys, _save(tmp_path, config), *arguments) == (
+        "tier     layers  block_size  slots  bytes_per_page  groups\n"
+        "window       24          64     64          131072       1\n"
+        "strided      24        1024     64          131072       1\n"
+        "\n"
+        "KV cache groups         2 (1 sparse layers an entry)\n"
+        "prefix-cache hits       on multiples of 1024 tokens\n"
+        "residues by KV head     0 14 12 10 8 6 4 2 ... (16 heads), modulo 16\n"
+        "old blocks              some in NO head's set\n"
+        "request                 4096 tokens, per rank of 2\n"
+        "  a sparse layer stores 7.8% of a dense one\n"
+        "  KV cache              21.00 MiB (10.9% of 192.00 MiB if all layers were dense)\n"
+        "  fit in 700.00 MiB     10.13 with steps of 512 tokens (3.65 if all layers were dense)\n"
+    )
+
+
+def test_residues_of_query_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = _table(capsys, _save(tmp_path, GEOMETRIES["phi3-small"].hf_config()))
+    listed = " ".join(["4,5,6,7 0,1,2,3"] * 4)
+    assert f"\nresidues by KV head     {listed}, modulo 8\n" in table
+    assert "\nold blocks              each in some head's set\n" in table
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (1, "1 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (1536, "1.50 KiB"),
+        (2**20 - 1, "1024.00 KiB"),
+        (2**20, "1.00 MiB"),
+        (2**30 - 2**20, "1023.00 MiB"),
+        (2**30, "1.00 GiB"),
+        (5 * 2**40, "5120.00 GiB"),
+    ],
+)
+def test_sizes_are_shown_in_binary_units(
+    model: Path, count: int, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label = f"  fit in {text}".ljust(24)
+    assert f"\n{label}" in _table(capsys, model, "--kv-cache-memory", count)
+
+
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "n_layer": 12,
+    "n_head": 12,
+    "n_embd": 768,
+    "n_positions": 1024,
+    "s2_attention": {"local_blocks": 2, "vert_stride": 4},
+}
+
+
+@pytest.mark.parametrize("transformers", [True, False], ids=["transformers", "plain"])
+def test_models_with_names_of_their_own(
+    tmp_path: Path, transformers: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not transformers:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    facts = _plan(capsys, _save(tmp_path, GPT2))
+    assert facts["max_model_len"] == 1024
+    assert facts["tiers"][0]["layers"] == 12
+    assert facts["kv_bytes_per_request_dense"] == 1024 * 12 * 768 * 2 * 2
+
+
+@pytest.mark.parametrize("transformers", [True, False], ids=["transformers", "plain"])
+def test_a_model_whose_text_part_is_nested(
+    tmp_path: Path, transformers: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not transformers:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    text = GEOMETRIES["hhst-8b"].hf_config()
+    _save(tmp_path, text)
+    expected = _plan(capsys, tmp_path)
+    nested = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": text}
+    nested["vision_config"] = {"model_type": "clip_vision_model"}
+    _save(tmp_path, nested)
+    assert _plan(capsys, tmp_path) == expected
+    # An object goes into the text part, key by key.
+    overrides = {"text_config": {"num_hidden_layers": 16, "s2_attention": {"local_blocks": 4}}}
+    changed = _plan(capsys, tmp_path, "--hf-overrides", json.dumps(overrides))
+    assert changed["kv_bytes_per_request_dense"] == 8 * GIB
+    assert changed["vert_stride"] == 8
+    assert changed["stored_fraction_sparse_layer"] == pytest.approx((4 * 64 - 64 + 131072 / 8) / 131072)
+
+
+@pytest.mark.parametrize("command", ["plan", "show"])
+def test_a_model_that_no_engine_serves(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _save(tmp_path, GEOMETRIES["hhst-8b"].hf_config(sliding_window=4096))
+    assert _error(capsys, command, tmp_path) == (
+        "s2_attention: LlamaForCausalLM has a sliding window (4096 tokens), expected a causal decoder-only "
+        "model whose layers are vLLM's Attention"
+    )
+
+
+def test_a_length_that_the_model_is_not_made_for(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _error(capsys, "plan", model, "--max-model-len", "132000") == (
+        "--max-model-len: 132000, expected at most 131072 (config.json, max_position_embeddings)"
+    )
+
+
+def test_heads_that_do_not_divide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The engine's words, without a key that `s2_attention` does not have."""
+    _save(tmp_path, GEOMETRIES["hhst-8b"].hf_config(num_key_value_heads=3))
+    message = "num_attention_heads: 32, expected a multiple of num_key_value_heads (3)"
+    assert _error(capsys, "plan", tmp_path) == message
+    assert _error(capsys, "show", tmp_path) == message
+
+
+def test_show_options(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with torch.device("meta"):
+        assert main(["show", str(model), "--num-blocks", "5"]) == 0
+    assert capsys.readouterr().out == "saved pattern.png\n"
+    assert (tmp_path / "pattern.png").read_bytes().startswith(b"\x89PNG")
+    overrides = '{"s2_attention": {"local_blocks": 4, "vert_stride": 32}}'
+    assert main(["show", str(model), "--hf-overrides", overrides, "--output", "x.svg"]) == 0
+    assert "stride 32" in (tmp_path / "x.svg").read_text()
+    assert _usage_error(capsys, "show", model, "--num-blocks", "0").endswith("expected a positive integer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,32 @@ def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out in README
 
 
-@pytest.mark.parametrize("key", S2Config.__dataclass_fields__)
+def test_plan_and_measured_capacity_are_reconciled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For the same steps the plan says what vLLM reported; the README says which steps each figure has."""
+    _, records = load_results(RESULTS / "kv-capacity.json")
+    fitting = {}
+    for record in records:
+        steps, name = record.get("max_num_batched_tokens"), record["geometry"]
+        if record["variant"] == "dense" or steps is None:
+            continue
+        (tmp_path / "config.json").write_text(json.dumps(GEOMETRIES[name].hf_config()))
+        memory, length = record["kv_cache_bytes"], record["max_model_len"]
+        options = ["--json", f"--kv-cache-memory-bytes={memory}", f"--max-model-len={length}"]
+        assert main(["plan", str(tmp_path), f"--max-num-batched-tokens={steps}", *options]) == 0
+        planned = json.loads(capsys.readouterr().out)["concurrent_requests"]
+        assert planned == pytest.approx(record["concurrent_requests"], rel=1e-9)
+        fitting[name, steps] = planned
+    assert len(fitting) == 8
+    figures = f"{fitting['hhst-8b', 16384]:.2f} and {fitting['hhst-8b', 2048]:.2f} for this model"
+    text = " ".join(README.split())
+    assert "has 16,384, the default of the `LLM` class there, and 2,048;" in text
+    assert f"the plan says the same for them ({figures})" in text
+    assert "The 7.79 of the plan are for 8,192 tokens" in text
+
+
+@pytest.mark.parametrize("key", [field.name for field in fields(S2Config)])
 def test_every_key_is_explained(key: str) -> None:
     assert f"| `{key}` |" in README
 
