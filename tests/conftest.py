@@ -6,6 +6,11 @@ import os
 
 import torch
 
-if not torch.cuda.is_available():
-    # Read when Triton is imported; its interpreter runs the kernels on the CPU.
+# Both are read when Triton is imported.
+if torch.cuda.is_available():
+    # vLLM's float32 attention of dense layers leaves the choice to Triton, whose own is TF32: greedy tokens
+    # would differ from an oracle's in float32.
+    os.environ["TRITON_F32_DEFAULT"] = "ieee"
+else:
+    # Its interpreter runs the kernels on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"

@@ -38,7 +38,7 @@ def test_every_query_finds_its_pages() -> None:
     events: Counter[str] = Counter()
 
     @settings(
-        max_examples=150,
+        max_examples=200,
         deadline=None,
         derandomize=True,
         database=None,

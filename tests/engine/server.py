@@ -36,7 +36,10 @@ def serving(folder: Path, *flags: str) -> Iterator[OpenAI]:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     # In-process engines of other tests set it; a server is to run as it does by default.
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), "--host", "127.0.0.1"]
+    script = Path(sys.executable).with_name("vllm")
+    # A vLLM that is on the path without having been installed has no command.
+    vllm = [str(script)] if script.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+    command = [*vllm, "serve", str(folder), "--host", "127.0.0.1"]
     with log.open("w") as output:
         server = subprocess.Popen(
             [*command, "--port", str(port), *flags], env=environment, stdout=output, stderr=subprocess.STDOUT

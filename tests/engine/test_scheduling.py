@@ -133,7 +133,10 @@ def test_reused_pages_and_preemption(folder: Path, oracle: Oracle) -> None:
     """A pool far too small for its requests: pages are reused all the time, requests start over."""
     prompts = random_prompts([180, 220, 150, 200, 170, 210, 190, 160], seed=7)
     expected = [oracle.greedy(prompt, 60)[0] for prompt in prompts]
-    with engine(folder, max_num_batched_tokens=CHUNK, max_model_len=320, num_gpu_blocks_override=48) as llm:
+    # Asynchronous scheduling, a GPU's default, reserves window pages for two steps: so few requests would be
+    # admitted that none has to be preempted.
+    pool = {"max_model_len": 320, "num_gpu_blocks_override": 48, "async_scheduling": False}
+    with engine(folder, max_num_batched_tokens=CHUNK, **pool) as llm:
         before = preemptions(llm)
         with pages_handed_out(llm) as pages:
             assert greedy(llm, prompts, 60) == expected
