@@ -228,7 +228,7 @@ def _special_float(pairs: dict[str, Any]) -> Any:
 
 
 def _config_class(model_type: object) -> Any:
-    """transformers' class for a model type, None where there is none; of Phi-3-small the one we register."""
+    """transformers' class for a model type, or the one that we register; None where there is neither."""
     try:
         from transformers import CONFIG_MAPPING
     except ImportError:
@@ -237,6 +237,10 @@ def _config_class(model_type: object) -> Any:
         from s2_vllm.models.phi3_small_config import Phi3SmallConfig
 
         return Phi3SmallConfig
+    if str(model_type).startswith("s2_"):
+        from s2_vllm.models.families import register_configs
+
+        register_configs()
     # A lazy mapping, whose `get` would load every class.
     known = model_type in CONFIG_MAPPING
     return CONFIG_MAPPING[model_type] if known else None
@@ -274,7 +278,7 @@ def _fill_in(part: SimpleNamespace) -> None:
         for other in others:
             if keys.get(name) is None and other in keys:
                 keys[name] = keys[other]
-    is_qwen = str(keys.get("model_type")).startswith("qwen")
+    is_qwen = str(keys.get("model_type")).removeprefix("s2_").startswith("qwen")
     first_layer, num_layers = keys.get("max_window_layers"), keys.get("num_hidden_layers")
     in_no_layer = isinstance(first_layer, int) and isinstance(num_layers, int) and first_layer >= num_layers
     if in_no_layer or not keys.get("use_sliding_window", not is_qwen):

@@ -425,11 +425,17 @@ def test_a_rope_without_a_factor(rope: Any) -> None:
             {"use_sliding_window": False, "sliding_window": 64, "model_type": "qwen2"}, None, id="qwen2-off"
         ),
         pytest.param({"sliding_window": 64, "model_type": "qwen3"}, None, id="qwen3-by-default"),
+        pytest.param({"sliding_window": 64, "model_type": "s2_qwen3"}, None, id="s2_qwen3-by-default"),
         pytest.param({"sliding_window": None, "model_type": "mistral"}, None, id="mistral-null"),
     ],
 )
 def test_whether_a_window_is_in_use(keys: dict[str, Any], fact: str | None, tmp_path: Path) -> None:
     assert refusal(read(tmp_path, LLAMA | keys)) == fact
+
+
+def test_types_that_require_a_pattern_have_their_familys_defaults(tmp_path: Path) -> None:
+    config = LLAMA | {"architectures": ["S2MistralForCausalLM"], "model_type": "s2_mistral"}
+    assert refusal(read(tmp_path, config)) == "has a sliding window (4096 tokens)"
 
 
 @both_readers
