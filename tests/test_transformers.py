@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
@@ -80,6 +80,7 @@ def test_packed_sequences(model: LlamaForCausalLM, oracle: Oracle) -> None:
     _assert_close(logits[0], torch.cat([oracle.logits(SHORT), oracle.logits(LONG)]))
 
 
+@settings(deadline=None)
 @given(
     data=st.data(),
     group=st.integers(1, 3),
