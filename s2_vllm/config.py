@@ -65,14 +65,14 @@ class S2Config:
             if field.default is MISSING and field.name not in raw:
                 raise cls.error(field.name, "missing, expected a positive integer")
         values = dict(raw)
-        for key, low in (("local_blocks", 1), ("vert_stride", 1), ("block_size", 1)):
+        lowest = {"local_blocks": 1, "vert_stride": 1, "block_size": 1, "head_sliding_offset": 0}
+        for key, low in lowest.items():
             if key in values:
                 cls._check_int(key, values[key], low)
         if values.get("head_sliding_step") is not None:
             cls._check_int("head_sliding_step", values["head_sliding_step"], 0)
-        cls._check_int("head_sliding_offset", values.get("head_sliding_offset", 0), 0)
         cls._check_block_size(values.get("block_size", cls.block_size))
-        if not isinstance(values.get("homo_head", False), bool):
+        if "homo_head" in values and not isinstance(values["homo_head"], bool):
             raise cls.error("homo_head", f"{values['homo_head']!r}, expected true or false")
         if values.get("pattern_heads", "kv") not in ("kv", "query"):
             raise cls.error("pattern_heads", f"{values['pattern_heads']!r}, expected 'kv' or 'query'")
@@ -135,7 +135,7 @@ class S2Config:
             )
         except ValueError as error:
             # The heads are not of this key: the model's config.json has keys of its own for them.
-            name, problem = str(error).split(": ", 1)
+            name, _, problem = str(error).partition(": ")
             for argument, key in _MODEL_KEYS.items():
                 problem = problem.replace(argument, key)
             raise self.error(name, problem) from error
@@ -183,8 +183,8 @@ def _from_phi3_small(hf_config: Mapping[str, Any], num_layers: int) -> S2Config 
     """Phi-3-small: patterns of query heads, shifted by one block; layer i is dense when i + 1 is a
     multiple of `dense_attention_every_n_layers` (modeling_phi3_small.py of the checkpoint), and so
     all are when it is 1."""
-    every = hf_config.get("dense_attention_every_n_layers") or num_layers + 1
-    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+    every = hf_config.get("dense_attention_every_n_layers") or 0
+    if isinstance(every, bool) or not isinstance(every, int) or every < 0:
         raise S2ConfigError(f"dense_attention_every_n_layers: {every!r}, expected a positive integer")
     if every == 1:
         return None
@@ -192,7 +192,7 @@ def _from_phi3_small(hf_config: Mapping[str, Any], num_layers: int) -> S2Config 
     values |= {
         "head_sliding_offset": 1,
         "pattern_heads": "query",
-        "dense_layers": [i for i in range(num_layers) if (i + 1) % every == 0],
+        "dense_layers": [i for i in range(num_layers) if every and (i + 1) % every == 0],
     }
     return Phi3SmallPattern.parse(values, num_layers)
 

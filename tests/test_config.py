@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from s2_vllm.config import S2Config, S2ConfigError, find_config
+from s2_kernels.pattern import S2Pattern
+from s2_vllm.config import S2Config, S2ConfigError, find_config, find_model_config
 from s2_vllm.plan import ModelGeometry, make_plan
 
 LAYERS = 4
@@ -217,6 +219,16 @@ def test_heads_are_named_by_the_models_keys(heads: int, kv_heads: int, message: 
     assert str(caught.value) == message
 
 
+def test_an_error_of_the_pattern_is_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(*_: object, **__: object) -> None:
+        raise ValueError("vert_stride: 1: 2, expected num_heads: 3")
+
+    monkeypatch.setattr(S2Pattern, "build", build)
+    with pytest.raises(S2ConfigError) as caught:
+        S2Config(4, 8).pattern(4, 2)
+    assert str(caught.value) == "s2_attention.vert_stride: 1: 2, expected num_attention_heads: 3"
+
+
 def test_find_config() -> None:
     assert find_config({"s2_attention": GOOD, "num_hidden_layers": LAYERS}, LAYERS) == S2Config(4, 8)
 
@@ -235,6 +247,18 @@ def test_a_model_without_a_pattern(hf_config: dict[str, Any]) -> None:
 def test_an_empty_object_is_not_the_absence_of_one() -> None:
     with pytest.raises(S2ConfigError, match="local_blocks: missing"):
         find_config({"s2_attention": {}}, LAYERS)
+
+
+def test_the_whole_configuration_goes_before_its_text_part() -> None:
+    none, some = SimpleNamespace(other=1), SimpleNamespace(s2_attention=GOOD | {"dense_layers": [LAYERS - 1]})
+    other = SimpleNamespace(s2_attention=GOOD | {"local_blocks": 9})
+    expected = S2Config(4, 8, dense_layers=(LAYERS - 1,))
+    assert find_model_config(none, none, LAYERS) is None
+    assert find_model_config(none, some, LAYERS) == expected
+    assert find_model_config(some, none, LAYERS) == expected
+    assert find_model_config(some, other, LAYERS) == expected
+    with pytest.raises(S2ConfigError, match=f"expected layer indices from 0 to {LAYERS - 2}"):
+        find_model_config(none, some, LAYERS - 1)
 
 
 PHI3_SMALL: dict[str, Any] = {
