@@ -11,12 +11,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from s2_vllm import refusals
 from s2_vllm.config import KEY, S2Config, S2ConfigError
+from s2_vllm.config_refusals import check_hf_config
 from s2_vllm.hf_config import HFConfig, read_config
 from s2_vllm.plan import CachePlan, make_plan
+from s2_vllm.refusals import check_kv_cache_dtype, kv_cache_scheme
 
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "half": 2, "float32": 4, "float": 4}
+DTYPES = {
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "half": "float16",
+    "float32": "float32",
+    "float": "float32",
+}
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 # With asynchronous scheduling, its default on a GPU, vLLM has two steps in flight at a time.
 STEPS_IN_FLIGHT = 2
 UNITS = {
@@ -79,9 +87,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument(
         "--dtype",
-        choices=["auto", *DTYPE_BYTES],
+        choices=["auto", *DTYPES],
         default="auto",
         help="of the model and its KV cache (default: auto, 16 bits whatever the checkpoint has)",
+    )
+    plan.add_argument(
+        "--kv-cache-dtype",
+        default="auto",
+        metavar="DTYPE",
+        help="the model's dtype, for a checkpoint that declares a quantized KV cache (default: auto)",
     )
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
     plan.set_defaults(run=_plan)
@@ -136,10 +150,11 @@ def _with_dashes(arguments: list[str]) -> list[str]:
 
 def _plan(arguments: argparse.Namespace) -> None:
     config, pattern_config = _model(arguments)
-    dtype_bytes = _dtype_bytes(config.dtype_name(), arguments.dtype)
+    dtype = _dtype(config.dtype_name(), arguments.dtype)
+    check_kv_cache_dtype(arguments.kv_cache_dtype, dtype, kv_cache_scheme(config.quantization()))
     plan = make_plan(
         pattern_config,
-        config.geometry(dtype_bytes),
+        config.geometry(DTYPE_BYTES[dtype]),
         arguments.tensor_parallel_size,
         arguments.block_size,
     )
@@ -161,7 +176,7 @@ def _show(arguments: argparse.Namespace) -> None:
 
 def _model(arguments: argparse.Namespace) -> tuple[HFConfig, S2Config]:
     config = read_config(arguments.model, arguments.hf_overrides)
-    refusals.check_hf_config(config)
+    check_hf_config(config)
     pattern_config = config.pattern_config()
     if pattern_config is None:
         raise S2ConfigError(f"{KEY}: missing, expected the key in config.json or in --hf-overrides")
@@ -265,17 +280,19 @@ def _residues(by_head: Sequence[Sequence[int]]) -> str:
     return listed if len(heads) <= MAX_LISTED_HEADS else f"{listed} ... ({len(heads)} heads)"
 
 
-def _dtype_bytes(stored: str, dtype: str) -> int:
-    """Bytes of a value in the KV cache.
+def _dtype(stored: str, asked: str) -> str:
+    """The name of the dtype that the model runs in.
 
     Args:
         stored: the dtype of the checkpoint.
-        dtype: what the engine is asked for.
+        asked: what the engine is asked for.
     """
-    if stored not in DTYPE_BYTES:
-        raise S2ConfigError(f"dtype: {stored}, expected one of {sorted(DTYPE_BYTES)}")
-    # vLLM's "auto" runs float32 checkpoints in 16 bits.
-    return 2 if dtype == "auto" else DTYPE_BYTES[dtype]
+    if stored not in DTYPES:
+        raise S2ConfigError(f"dtype: {stored}, expected one of {sorted(DTYPES)}")
+    if asked != "auto":
+        return DTYPES[asked]
+    # vLLM runs float32 checkpoints in 16 bits unless it is asked not to.
+    return "bfloat16" if DTYPES[stored] == "float32" else DTYPES[stored]
 
 
 def _bytes(text: str) -> int:

@@ -54,6 +54,9 @@ _LENGTHS = (
     "max_seq_length",
     "seq_len",
 )
+_S2_PREFIX = "s2_"
+"""Of the model types whose checkpoints require a pattern."""
+
 _FALCON_TYPES = ("falcon", "RefinedWeb", "RefinedWebModel")
 
 _LENGTH_INCLUDES_SCALING = (
@@ -138,6 +141,14 @@ class HFConfig:
             if (dtype := getattr(part, "dtype", None)) is not None:
                 return str(dtype).removeprefix("torch.")
         return "float32"
+
+    def quantization(self) -> dict[str, Any] | None:
+        """How the checkpoint says that it is quantized, None if it does not."""
+        for part in (self.whole, self.text):
+            for key in ("quantization_config", "compression_config"):
+                if (found := getattr(part, key, None)) is not None:
+                    return found
+        return None
 
     def _num_kv_heads(self) -> int:
         shares_one = getattr(self.text, "multi_query", False)
@@ -228,19 +239,17 @@ def _special_float(pairs: dict[str, Any]) -> Any:
 
 
 def _config_class(model_type: object) -> Any:
-    """transformers' class for a model type, or the one that we register; None where there is neither."""
+    """transformers' class for a model type, or the one that we register; None where there is none."""
     try:
         from transformers import CONFIG_MAPPING
     except ImportError:
         return None
-    if model_type == "phi3small":
+    if model_type == "phi3small" or str(model_type).startswith(_S2_PREFIX):
+        from s2_vllm.models.families import CONFIG_CLASSES
         from s2_vllm.models.phi3_small_config import Phi3SmallConfig
 
-        return Phi3SmallConfig
-    if str(model_type).startswith("s2_"):
-        from s2_vllm.models.families import register_configs
-
-        register_configs()
+        classes: tuple[Any, ...] = (*CONFIG_CLASSES, Phi3SmallConfig)
+        return next((ours for ours in classes if ours.model_type == model_type), None)
     # A lazy mapping, whose `get` would load every class.
     known = model_type in CONFIG_MAPPING
     return CONFIG_MAPPING[model_type] if known else None
@@ -278,7 +287,7 @@ def _fill_in(part: SimpleNamespace) -> None:
         for other in others:
             if keys.get(name) is None and other in keys:
                 keys[name] = keys[other]
-    is_qwen = str(keys.get("model_type")).removeprefix("s2_").startswith("qwen")
+    is_qwen = str(keys.get("model_type")).removeprefix(_S2_PREFIX).startswith("qwen")
     first_layer, num_layers = keys.get("max_window_layers"), keys.get("num_hidden_layers")
     in_no_layer = isinstance(first_layer, int) and isinstance(num_layers, int) and first_layer >= num_layers
     if in_no_layer or not keys.get("use_sliding_window", not is_qwen):

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 from s2_vllm.config import KEY, S2ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping, Sequence
 
     from vllm.config import ModelConfig, VllmConfig
     from vllm.model_executor.layers.attention import Attention
 
-    from s2_vllm.hf_config import HFConfig
     from s2_vllm.plan import CachePlan
 
 PLAIN_ARGUMENTS = frozenset(
@@ -45,82 +44,6 @@ _SPECIAL_ARGUMENTS = {
     "sinks": "has attention sinks",
 }
 """Of vLLM's `Attention` and its implementations: what a layer does that is given a value."""
-
-_POOLING_SUFFIXES = (
-    "ForTextEncoding",
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForAudioClassification",
-    "ForImageClassification",
-    "ForVideoClassification",
-    "ForRewardModeling",
-    "Model",
-)
-"""Ends of the names of architectures that vLLM runs as pooling models (vllm/config/model.py, vLLM 0.32)."""
-
-_GENERATING_MODELS = frozenset(
-    {"ChatGLMModel", "MiDashengLMModel", "MossAudioModel", "Qwen2_5OmniModel", "UltravoxModel"}
-)
-"""Architectures that generate, although their names end with "Model" and not "ChatModel" or "LMHeadModel"."""
-
-_RECURRENT_LAYERS = frozenset(
-    {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "hybrid", "hybrid_sliding"}
-)
-"""Values of `layer_types` that stand for a recurrent state."""
-
-_LAYER_TYPES = _RECURRENT_LAYERS | {
-    "attention",
-    "full_attention",
-    "sliding_attention",
-    "dense",
-    "sparse",
-    "moe",
-}
-"""Values that stand for those, for attention that can be refused by its window, or for the layer's MLP."""
-
-_RECURRENT_ARCHITECTURES = frozenset(
-    {
-        "BailingMoeV2_5ForCausalLM",
-        "BailingMoeV3ForCausalLM",
-        "BailingMoeV3VLForConditionalGeneration",
-        "FalconH1ForCausalLM",
-        "FalconMambaForCausalLM",
-        "Glm5NextForCausalLM",
-        "Glm5NextForConditionalGeneration",
-        "GraniteMoeHybridForCausalLM",
-        "InternS2MobiusForConditionalGeneration",
-        "InternS2PreviewForConditionalGeneration",
-        "JambaForCausalLM",
-        "KimiK3ForConditionalGeneration",
-        "KimiLinearForCausalLM",
-        "Lfm2ForCausalLM",
-        "Lfm2MoeForCausalLM",
-        "Lfm2VlForConditionalGeneration",
-        "Mamba2ForCausalLM",
-        "MambaForCausalLM",
-        "MiniCPMV4_6ForConditionalGeneration",
-        "MiniCPMV4_7ForConditionalGeneration",
-        "NemotronHForCausalLM",
-        "NemotronHPuzzleForCausalLM",
-        "NemotronH_Nano_Omni_Reasoning_V3",
-        "NemotronH_Nano_VL_V2",
-        "NemotronH_Omni_Reasoning_V3",
-        "NemotronH_Super_Omni_Reasoning_V3",
-        "OlmoHybridForCausalLM",
-        "Qwen3NextForCausalLM",
-        "Qwen3_5ForCausalLM",
-        "Qwen3_5ForConditionalGeneration",
-        "Qwen3_5MoeForCausalLM",
-        "Qwen3_5MoeForConditionalGeneration",
-        "Qwen4ExpForCausalLM",
-        "Qwen4ExpForConditionalGeneration",
-        "Zamba2ForCausalLM",
-    }
-)
-"""Those that vLLM 0.32 knows as hybrid or free of attention, and that generate."""
-
-_BIDIRECTIONAL_IMAGES = ("bagel", "gemma3", "molmo2", "moondream3", "paligemma")
-"""Types of models whose image tokens see one another, where no `is_mm_prefix_lm` says so."""
 
 
 def check_no_pattern(vllm_config: Any, obstacle: str) -> None:
@@ -161,102 +84,74 @@ def asks_for_our_backend(vllm_config: VllmConfig) -> bool:
 
 def check_model(model_config: ModelConfig) -> None:
     """Refuse models whose layers are not all plain causal attention."""
-    hf_configs = (model_config.hf_config, model_config.hf_text_config)
+    check_kind(
+        model_config.architecture,
+        (model_config.hf_config, model_config.hf_text_config),
+        uses_mla=model_config.use_mla,
+        is_encoder_decoder=model_config.is_encoder_decoder,
+        is_recurrent=model_config.is_hybrid or model_config.is_attention_free,
+        runner_type=model_config.runner_type,
+        is_mm_prefix_lm=model_config.is_mm_prefix_lm,
+        is_diffusion=model_config.is_diffusion,
+    )
+
+
+def check_kind(
+    architecture: str,
+    hf_configs: Sequence[Any],
+    *,
+    uses_mla: bool,
+    is_encoder_decoder: bool,
+    is_recurrent: bool,
+    runner_type: str,
+    is_mm_prefix_lm: bool,
+    is_diffusion: bool,
+) -> None:
+    """Refuse a kind of model. vLLM knows the facts, or config.json says them.
+
+    Args:
+        architecture: the model's name.
+        hf_configs: the whole of its configuration and the text part, with keys as attributes.
+        uses_mla, is_encoder_decoder, is_recurrent, runner_type, is_mm_prefix_lm, is_diffusion: as vLLM's
+            `ModelConfig` has them; hybrid models and those free of attention are recurrent.
+    """
     # As vLLM's models read it: a null means false.
     is_causal = all(getattr(config, "is_causal", True) for config in hf_configs)
     # "vision": within images, which is what is_mm_prefix_lm says.
     directions = [getattr(config, "use_bidirectional_attention", None) for config in hf_configs]
-    facts = {
-        "uses multi-head latent attention (MLA)": model_config.use_mla,
-        "is an encoder-decoder model": model_config.is_encoder_decoder,
-        "has layers with a recurrent state": model_config.is_hybrid or model_config.is_attention_free,
-        f"runs as a {model_config.runner_type} model": model_config.runner_type != "generate",
-        "attends to images in both directions (is_mm_prefix_lm)": model_config.is_mm_prefix_lm,
-        "is a diffusion model (canvas_length)": model_config.is_diffusion,
-        "attends in both directions (is_causal: false)": not is_causal,
-        "attends in both directions (use_bidirectional_attention)": any(
-            direction not in (None, False, "vision") for direction in directions
-        ),
-    }
+    refuse_model(
+        architecture,
+        {
+            "uses multi-head latent attention (MLA)": uses_mla,
+            "is an encoder-decoder model": is_encoder_decoder,
+            "has layers with a recurrent state": is_recurrent,
+            f"runs as a {runner_type} model": runner_type != "generate",
+            "attends to images in both directions (is_mm_prefix_lm)": is_mm_prefix_lm,
+            "is a diffusion model (canvas_length)": is_diffusion,
+            "attends in both directions (is_causal: false)": not is_causal,
+            "attends in both directions (use_bidirectional_attention)": any(
+                direction not in (None, False, "vision") for direction in directions
+            ),
+        },
+    )
+
+
+def refuse_model(architecture: str, facts: Mapping[str, Any]) -> None:
+    """Refuse a model for the first of `facts` that is so."""
     for fact, is_so in facts.items():
         if is_so:
             raise S2ConfigError(
-                f"{KEY}: {model_config.architecture} {fact}, expected a causal decoder-only model whose "
-                "layers are vLLM's Attention"
+                f"{KEY}: {architecture} {fact}, expected a causal decoder-only model whose layers are vLLM's "
+                "Attention"
             )
-
-
-def check_hf_config(config: HFConfig) -> None:
-    """Refuse a model by its config.json, as far as that shows what an engine will refuse.
-
-    An engine asks vLLM (`check_model`) and each layer. Without one, these are the keys that decide.
-    """
-    whole, text = config.whole, config.text
-
-    def value(key: str) -> Any:
-        return getattr(text, key, None)
-
-    window = _sliding_window(text)
-    other_layer = min(set(value("layer_types") or ()) - _LAYER_TYPES, default=None)
-    facts = {
-        "uses multi-head latent attention (MLA)": value("kv_lora_rank") or value("compress_ratios"),
-        "is an encoder-decoder model": value("is_encoder_decoder")
-        or getattr(whole, "is_encoder_decoder", False),
-        "has layers with a recurrent state": _is_recurrent(config),
-        "runs as a pooling model": _is_pooling(config.architecture),
-        "attends to images in both directions (is_mm_prefix_lm)": getattr(
-            whole, "is_mm_prefix_lm", config.model_type in _BIDIRECTIONAL_IMAGES
-        ),
-        "is a diffusion model (canvas_length)": getattr(whole, "canvas_length", None) is not None,
-        "attends in both directions (is_causal: false)": not (
-            getattr(whole, "is_causal", True) and getattr(text, "is_causal", True)
-        ),
-        "attends in both directions (use_bidirectional_attention)": value("use_bidirectional_attention"),
-        "has layers of several shapes": value("block_configs")
-        or any(getattr(part, "is_heterogeneous", False) for part in (whole, text)),
-        f"has layers of type {other_layer} (layer_types)": other_layer,
-        "shares a layer's KV cache with others (num_kv_shared_layers)": value("num_kv_shared_layers"),
-        "attends in chunks (attention_chunk_size)": value("attention_chunk_size"),
-        "attends in chunks (dual_chunk_attention_config)": value("dual_chunk_attention_config"),
-        "uses ALiBi": value("alibi") or value("model_type") in ("bloom", "step1"),
-        "soft-caps its logits (attn_logit_softcapping)": value("attn_logit_softcapping"),
-        "has attention sinks": value("attention_sinks") or value("model_type") == "gpt_oss",
-        f"has a sliding window ({window} tokens)": window,
-    }
-    for fact, is_so in facts.items():
-        if is_so:
-            raise S2ConfigError(
-                f"{KEY}: {config.architecture} {fact}, expected a causal decoder-only model whose layers are "
-                "vLLM's Attention"
-            )
-
-
-def _sliding_window(text: Any) -> int | None:
-    """Tokens of the sliding window that some layer has, None if none has one."""
-    layer_types = getattr(text, "layer_types", None)
-    if layer_types is not None and "sliding_attention" not in layer_types:
-        return None
-    return getattr(text, "sliding_window", None) or None
-
-
-def _is_recurrent(config: HFConfig) -> bool:
-    if config.architecture in _RECURRENT_ARCHITECTURES:
-        # Such a model can be one of attention layers alone; vLLM looks here, not into the text part.
-        layer_types = getattr(config.whole, "layer_types", None)
-        return layer_types is None or not {"attention", "full_attention"}.issuperset(layer_types)
-    return not _RECURRENT_LAYERS.isdisjoint(getattr(config.text, "layer_types", None) or ())
-
-
-def _is_pooling(architecture: str) -> bool:
-    generates = architecture in _GENERATING_MODELS or architecture.endswith(("ChatModel", "LMHeadModel"))
-    return not generates and architecture.endswith(_POOLING_SUFFIXES)
 
 
 def check_options(vllm_config: VllmConfig) -> None:
     """Refuse engine options that this version does not serve."""
     from vllm import envs
 
-    _check_kv_cache_dtype(vllm_config)
+    model_config, cache_dtype = vllm_config.model_config, vllm_config.cache_config.cache_dtype
+    check_kv_cache_dtype(cache_dtype, _dtype_name(model_config), _kv_cache_scheme(model_config))
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     values_and_defaults: dict[str, tuple[Any, Any]] = {
         "pipeline_parallel_size": (parallel.pipeline_parallel_size, 1),
@@ -370,7 +265,8 @@ def check_made_layer(layer: Attention, plan: CachePlan, vllm_config: VllmConfig)
             "expected plain causal attention"
         )
     if layer.kv_cache_torch_dtype.itemsize != plan.model.dtype_bytes:
-        raise _kv_cache_dtype_refusal(f"{layer.kv_cache_dtype} in layer {name}", vllm_config.model_config)
+        value, model_config = f"{layer.kv_cache_dtype} in layer {name}", vllm_config.model_config
+        raise _kv_cache_dtype_refusal(value, _dtype_name(model_config), _kv_cache_scheme(model_config))
     reasons = _reasons_against_backend(layer, vllm_config)
     if reasons:
         raise S2ConfigError(
@@ -397,40 +293,47 @@ def _other_backends(vllm_config: VllmConfig) -> Iterator[tuple[str, Any]]:
     yield "mm_encoder_attn_backend", getattr(multimodal_config, "mm_encoder_attn_backend", None)
 
 
-def _check_kv_cache_dtype(vllm_config: VllmConfig) -> None:
-    """Refuse a KV cache of another type than the model's, be it the user's wish or the checkpoint's."""
-    model_config, dtype = vllm_config.model_config, vllm_config.cache_config.cache_dtype
-    if dtype == "auto":
-        if _kv_cache_scheme(model_config):
-            raise _kv_cache_dtype_refusal("auto (the checkpoint declares a quantized one)", model_config)
-    elif dtype != _dtype_name(model_config):
-        raise _kv_cache_dtype_refusal(dtype, model_config)
-
-
-def _kv_cache_dtype_refusal(value: str, model_config: ModelConfig) -> S2ConfigError:
-    """The error for a KV cache of type `value`, with the types that will be taken.
-
-    What a checkpoint declares is overruled by a type that the user names, and vLLM has names for types of 16
-    bits only.
-    """
-    dtype = _dtype_name(model_config)
-    if dtype == "float32":
-        expected = "bfloat16 or float16 together with the same dtype"
-        expected = expected if _kv_cache_scheme(model_config) else "auto"
-    else:
-        expected = dtype if _kv_cache_scheme(model_config) else f"auto or {dtype}"
-    return S2ConfigError(f"kv_cache_dtype: {value}, expected {expected} for a model with '{KEY}'")
-
-
-def _kv_cache_scheme(model_config: ModelConfig) -> Any:
+def kv_cache_scheme(quantization: Mapping[str, Any] | None) -> Any:
     """How a checkpoint's quantization configuration wants the KV cache quantized, None if it does not."""
-    quantization = model_config.model_arch_config.quantization_config or {}
+    quantization = quantization or {}
     keys = ("kv_cache_scheme", "kv_cache_quant_algo")
     for config in (quantization, quantization.get("quantization") or {}):
         for key in keys:
             if config.get(key):
                 return config[key]
     return None
+
+
+def check_kv_cache_dtype(asked: str, dtype: str, scheme: Any) -> None:
+    """Refuse a KV cache of another type than the model's, be it the user's wish or the checkpoint's.
+
+    Args:
+        asked: vLLM's `kv_cache_dtype`.
+        dtype: of the model.
+        scheme: the checkpoint's own, if any (`kv_cache_scheme`).
+    """
+    if asked == "auto":
+        if scheme:
+            raise _kv_cache_dtype_refusal("auto (the checkpoint declares a quantized one)", dtype, scheme)
+    elif asked != dtype:
+        raise _kv_cache_dtype_refusal(asked, dtype, scheme)
+
+
+def _kv_cache_dtype_refusal(value: str, dtype: str, scheme: Any) -> S2ConfigError:
+    """The error for a KV cache of type `value`, with the types that will be taken.
+
+    What a checkpoint declares is overruled by a type that the user names, and vLLM has names for types of 16
+    bits only.
+    """
+    if dtype == "float32":
+        expected = "bfloat16 or float16 together with the same dtype" if scheme else "auto"
+    else:
+        expected = dtype if scheme else f"auto or {dtype}"
+    return S2ConfigError(f"kv_cache_dtype: {value}, expected {expected} for a model with '{KEY}'")
+
+
+def _kv_cache_scheme(model_config: ModelConfig) -> Any:
+    return kv_cache_scheme(model_config.model_arch_config.quantization_config)
 
 
 def _dtype_name(model_config: ModelConfig) -> str:

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.utils.argparse_utils import human_readable_int
 
-from benchmarks.geometries import GEOMETRIES
+from benchmarks.geometries import GEOMETRIES, Geometry
 from s2_vllm.cli import main, positive_count
 
 GIB = 2**30
@@ -26,6 +26,12 @@ GIB = 2**30
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return _save(tmp_path, GEOMETRIES["hhst-8b"].hf_config())
+
+
+@pytest.fixture
+def few_heads(tmp_path: Path) -> Path:
+    """Heads are drawn one by one."""
+    return _save(tmp_path, Geometry(2, 4, 2).hf_config())
 
 
 def _save(folder: Path, config: dict[str, Any]) -> Path:
@@ -103,10 +109,10 @@ def test_plan_prints_a_line_per_tier(model: Path, capsys: pytest.CaptureFixture[
     assert lines[1].split()[1:] == ["30", "64", "64", str(8 * 8 * 64 * 256 * 2), "2"]
 
 
-def test_show_draws_the_pattern(model: Path, tmp_path: Path) -> None:
+def test_show_draws_the_pattern(few_heads: Path, tmp_path: Path) -> None:
     output = tmp_path / "pattern.svg"
-    assert main(["show", str(model), "-o", str(output)]) == 0
-    assert "head 31" in output.read_text() or "head 7" in output.read_text()
+    assert main(["show", str(few_heads), "-o", str(output)]) == 0
+    assert [f"head {head} \u00b7" in output.read_text() for head in range(5)] == [True] * 4 + [False]
 
 
 def test_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,6 +246,9 @@ HELP = {
         "--max-num-batched-tokens N": "(default: 8192, that of `vllm serve` on an H100 or H200)",
         "--block-size N": "tokens per page of a dense layer (default: what the plan needs)",
         "--dtype {auto,bfloat16,float16,half,float32,float}": "(default: auto, 16 bits whatever",
+        "--kv-cache-dtype DTYPE": (
+            "the model's dtype, for a checkpoint that declares a quantized KV cache (default: auto)"
+        ),
         "--hf-overrides JSON": "keys of config.json to set, as for `vllm serve` (default: {})",
         "--json": "print JSON instead of a table",
     },
@@ -291,7 +300,7 @@ def test_the_commands_say_what_they_do(capsys: pytest.CaptureFixture[str]) -> No
 def test_defaults_are_what_the_help_says(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     defaults = (
         "--max-model-len=131072 --kv-cache-memory-bytes=40GiB --tensor-parallel-size=1 "
-        "--max-num-batched-tokens=8192 --block-size=512 --dtype=auto --hf-overrides={}"
+        "--max-num-batched-tokens=8192 --block-size=512 --dtype=auto --kv-cache-dtype=auto --hf-overrides={}"
     )
     facts = _plan(capsys, model)
     assert facts == _plan(capsys, model, *defaults.split())
@@ -388,6 +397,48 @@ def test_a_dtype_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert _error(capsys, "plan", tmp_path) == (
         "dtype: float8_e4m3fn, expected one of ['bfloat16', 'float', 'float16', 'float32', 'half']"
     )
+
+
+QUANTIZED = {"quant_method": "compressed-tensors", "kv_cache_scheme": {"num_bits": 8, "type": "float"}}
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments", "message"),
+    [
+        ({}, "--kv-cache-dtype fp8", "fp8, expected auto or bfloat16"),
+        ({"dtype": "float16"}, "--kv-cache-dtype bfloat16", "bfloat16, expected auto or float16"),
+        ({}, "--kv-cache-dtype bfloat16 --dtype half", "bfloat16, expected auto or float16"),
+        ({}, "--kv-cache-dtype bfloat16 --dtype float", "bfloat16, expected auto"),
+        (
+            {"quantization_config": QUANTIZED},
+            "",
+            "auto (the checkpoint declares a quantized one), expected bfloat16",
+        ),
+        (
+            {"quantization_config": QUANTIZED, "dtype": "float32"},
+            "",
+            "auto (the checkpoint declares a quantized one), expected bfloat16",
+        ),
+    ],
+)
+def test_kv_cache_dtypes_that_no_engine_takes(
+    tmp_path: Path,
+    config: dict[str, Any],
+    arguments: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _save(tmp_path, GEOMETRIES["hhst-8b"].hf_config(**config))
+    expected = f"kv_cache_dtype: {message} for a model with 's2_attention'"
+    assert _error(capsys, "plan", tmp_path, *arguments.split()) == expected
+
+
+def test_kv_cache_dtypes_that_engines_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = _plan(capsys, _save(tmp_path, GEOMETRIES["hhst-8b"].hf_config()))
+    assert _plan(capsys, tmp_path, "--kv-cache-dtype", "bfloat16") == plain
+    assert _plan(capsys, tmp_path, "--kv-cache-dtype", "float16", "--dtype", "half") == plain
+    _save(tmp_path, GEOMETRIES["hhst-8b"].hf_config(quantization_config=QUANTIZED))
+    assert _plan(capsys, tmp_path, "--kv-cache-dtype", "bfloat16") == plain
 
 
 def test_facts(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -547,14 +598,16 @@ def test_heads_that_do_not_divide(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_show_options(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    few_heads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with torch.device("meta"):
-        assert main(["show", str(model), "--num-blocks", "5"]) == 0
+        assert main(["show", str(few_heads), "--num-blocks", "5"]) == 0
     assert capsys.readouterr().out == "saved pattern.png\n"
     assert (tmp_path / "pattern.png").read_bytes().startswith(b"\x89PNG")
     overrides = '{"s2_attention": {"local_blocks": 4, "vert_stride": 32}}'
-    assert main(["show", str(model), "--hf-overrides", overrides, "--output", "x.svg"]) == 0
+    assert main(["show", str(few_heads), "--hf-overrides", overrides, "--output", "x.svg"]) == 0
     assert "stride 32" in (tmp_path / "x.svg").read_text()
-    assert _usage_error(capsys, "show", model, "--num-blocks", "0").endswith("expected a positive integer")
+    assert _usage_error(capsys, "show", few_heads, "--num-blocks", "0").endswith(
+        "expected a positive integer"
+    )

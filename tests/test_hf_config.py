@@ -1,9 +1,8 @@
-"""A config.json as the command reads it, against vLLM's own reading; and what is refused by it."""
+"""A config.json as the command reads it, against vLLM's own reading."""
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -11,38 +10,22 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import vllm
 from transformers import CONFIG_MAPPING, CLIPVisionConfig, LlamaConfig, LlavaConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.config import ModelConfig
-from vllm.config.model import _get_and_verify_max_len, try_match_architecture_defaults
-from vllm.model_executor.models import registry
+from vllm.config.model import _get_and_verify_max_len
 from vllm.transformers_utils.config import patch_rope_parameters
 from vllm.transformers_utils.model_arch_config_convertor import (
     MODEL_ARCH_CONFIG_CONVERTORS,
     ModelArchConfigConvertorBase,
 )
 
-from s2_vllm import refusals
 from s2_vllm.config import S2Config, S2ConfigError
 from s2_vllm.hf_config import HFConfig, read_config
 from s2_vllm.plan import ModelGeometry
+from tests.hf_configs import LLAMA, REFUSED, S2, read, refusal, served_types
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-S2 = {"local_blocks": 4, "vert_stride": 8}
-
-LLAMA: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-}
-QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 
 
 @pytest.fixture(params=["transformers", "plain"])
@@ -55,12 +38,6 @@ def _reader(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 both_readers = pytest.mark.usefixtures("_reader")
 
 
-def read(folder: Path, config: dict[str, Any], overrides: dict[str, Any] | None = None) -> HFConfig:
-    """`config`, saved and read."""
-    (folder / "config.json").write_text(json.dumps(config))
-    return read_config(folder, overrides or {})
-
-
 def error(folder: Path, config: dict[str, Any], overrides: dict[str, Any] | None = None) -> str:
     """What is said against `config` when it is read."""
     with pytest.raises(S2ConfigError) as caught:
@@ -68,66 +45,18 @@ def error(folder: Path, config: dict[str, Any], overrides: dict[str, Any] | None
     return str(caught.value)
 
 
-def refusal(config: HFConfig) -> str | None:
-    """What is said against a model with this config, None if nothing is."""
-    try:
-        refusals.check_hf_config(config)
-    except S2ConfigError as error:
-        name, fact = str(error).removeprefix("s2_attention: ").split(" ", 1)
-        assert name == config.architecture
-        fact, expected = fact.rsplit(", expected ", 1)
-        assert expected == "a causal decoder-only model whose layers are vLLM's Attention"
-        return fact
-    return None
-
-
-REFUSED = {
-    "uses multi-head latent attention (MLA)": (
-        "axk1 deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa hy_v4 kimi_linear "
-        "longcat_flash minicpm3"
-    ),
-    "has layers with a recurrent state": (
-        "falcon_h1 falcon_mamba granitemoehybrid inkling_text jamba lfm2 lfm2_moe mamba mamba2 nemotron_h "
-        "olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next qwen4_exp qwen4_exp_text "
-        "zamba2"
-    ),
-    "attends to images in both directions (is_mm_prefix_lm)": "gemma3",
-    "attends in both directions (use_bidirectional_attention)": "gemma4_unified",
-    "has layers of several shapes": "gemma4 gemma4_text",
-    "has layers of type chunked_attention (layer_types)": "llama4 llama4_text",
-    "has layers of type compressed_sparse_attention (layer_types)": "deepseek_v4",
-    "shares a layer's KV cache with others (num_kv_shared_layers)": "gemma3n gemma3n_text",
-    "uses ALiBi": "bloom",
-    "soft-caps its logits (attn_logit_softcapping)": "gemma2 vaultgemma",
-    "has attention sinks": "gpt_oss",
-    "has a sliding window (128 tokens)": "granite_swa granitemoe_swa mimo_v2_flash",
-    "has a sliding window (1024 tokens)": "afmoe",
-    "has a sliding window (4096 tokens)": (
-        "cohere2 cohere2_moe exaone4 exaone_moe gemma3_text mistral olmo3"
-    ),
-    "has a sliding window (8192 tokens)": "cwm",
+ACCEPTED = served_types().items() - {
+    (kind, served_types()[kind]) for kind in " ".join(REFUSED.values()).split()
 }
-"""What the default configuration of a type is refused for."""
 
 
-def served_types() -> dict[str, str]:
-    """The architecture of every model type that transformers and vLLM know as a language model."""
-    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items()
-    architectures = {kind: name if isinstance(name, str) else name[0] for kind, name in names}
-    return {kind: name for kind, name in architectures.items() if name in registry._VLLM_MODELS}
-
-
-@pytest.mark.parametrize(("model_type", "architecture"), served_types().items())
+@pytest.mark.parametrize(("model_type", "architecture"), sorted(ACCEPTED))
 def test_every_model_type_is_read_as_vllm_reads_it(
     model_type: str, architecture: str, tmp_path: Path
 ) -> None:
     config = CONFIG_MAPPING[model_type](architectures=[architecture])
     config.save_pretrained(tmp_path)
     ours = read_config(tmp_path, {})
-    fact = refusal(ours)
-    if fact is not None:
-        assert model_type in REFUSED[fact].split()
-        return
     if model_type == "nemotron":  # vLLM takes no nemotron that does not name its KV heads
         config.num_key_value_heads = config.num_attention_heads
     text = config.get_text_config()
@@ -143,127 +72,6 @@ def test_every_model_type_is_read_as_vllm_reads_it(
     )
     for asked in (None, 1000):
         assert ours.max_model_len(asked) == _get_and_verify_max_len(text, theirs, None, asked, False, None)
-
-
-def vllm_classes() -> dict[str, set[str]]:
-    """The names of all ancestors of every class among vLLM's models, without importing them."""
-    bases: dict[str, set[str]] = {}
-    root = Path(vllm.__file__).parent
-    for folder in ("model_executor/models", "models"):
-        for file in (root / folder).rglob("*.py"):
-            for name, parents in re.findall(r"^class (\w+)\(([^)]*)\):", file.read_text(), re.MULTILINE):
-                bases.setdefault(name, set()).update(re.findall(r"\w+", parents))
-
-    def ancestors(name: str, found: set[str]) -> set[str]:
-        for base in bases.get(name, set()) - found:
-            found.add(base)
-            ancestors(base, found)
-        return found
-
-    return {name: ancestors(name, set()) for name in bases}
-
-
-def test_architectures_are_what_vllm_takes_them_for() -> None:
-    """By their names alone: recurrent ones, pooling ones, and all others that generate."""
-    ancestors = vllm_classes()
-    generating = {**registry._TEXT_GENERATION_MODELS, **registry._MULTIMODAL_MODELS}
-    assert len(generating) > 200
-    for name, (_, class_name) in {**registry._VLLM_MODELS, "S2LlamaForCausalLM": ("", "")}.items():
-        match = try_match_architecture_defaults(name)
-        expected = None
-        if not ancestors.get(class_name, set()).isdisjoint({"IsHybrid", "IsAttentionFree"}):
-            expected = "has layers with a recurrent state"
-        if name not in generating and match is not None and match[1][0] == "pooling":
-            expected = "runs as a pooling model"
-        if name in generating or name == "S2LlamaForCausalLM" or expected == "runs as a pooling model":
-            config = SimpleNamespace(architectures=[name])
-            assert refusal(HFConfig(config, config)) == expected, name
-
-
-@pytest.mark.parametrize(
-    ("keys", "fact"),
-    [
-        ({"kv_lora_rank": 64}, "uses multi-head latent attention (MLA)"),
-        ({"compress_ratios": [4]}, "uses multi-head latent attention (MLA)"),
-        ({"is_encoder_decoder": True}, "is an encoder-decoder model"),
-        ({"layer_types": ["full_attention", "linear_attention"]}, "has layers with a recurrent state"),
-        ({"layer_types": ["conv", "attention"]}, "has layers with a recurrent state"),
-        ({"architectures": ["Lfm2ForCausalLM"]}, "has layers with a recurrent state"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "runs as a pooling model"),
-        ({"is_mm_prefix_lm": True}, "attends to images in both directions (is_mm_prefix_lm)"),
-        ({"model_type": "paligemma"}, "attends to images in both directions (is_mm_prefix_lm)"),
-        ({"canvas_length": 32}, "is a diffusion model (canvas_length)"),
-        ({"is_causal": False}, "attends in both directions (is_causal: false)"),
-        ({"is_causal": None}, "attends in both directions (is_causal: false)"),
-        ({"use_bidirectional_attention": True}, "attends in both directions (use_bidirectional_attention)"),
-        ({"block_configs": [{}]}, "has layers of several shapes"),
-        ({"is_heterogeneous": True}, "has layers of several shapes"),
-        ({"num_kv_shared_layers": 2}, "shares a layer's KV cache with others (num_kv_shared_layers)"),
-        ({"attention_chunk_size": 64}, "attends in chunks (attention_chunk_size)"),
-        ({"dual_chunk_attention_config": {"a": 1}}, "attends in chunks (dual_chunk_attention_config)"),
-        ({"layer_types": ["window_attention"]}, "has layers of type window_attention (layer_types)"),
-        ({"alibi": True}, "uses ALiBi"),
-        ({"model_type": "step1"}, "uses ALiBi"),
-        ({"attn_logit_softcapping": 50.0}, "soft-caps its logits (attn_logit_softcapping)"),
-        ({"attention_sinks": True}, "has attention sinks"),
-        ({"sliding_window": 64}, "has a sliding window (64 tokens)"),
-        (
-            {"sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]},
-            "has a sliding window (64 tokens)",
-        ),
-    ],
-    ids=str,
-)
-def test_a_key_that_no_engine_serves(keys: dict[str, Any], fact: str) -> None:
-    config = SimpleNamespace(**{"architectures": ["LlamaForCausalLM"], "model_type": "llama", **keys})
-    assert refusal(HFConfig(config, config)) == fact
-    # A multi-modal model's text part says it too, but for what is said of the whole.
-    if not keys.keys() & {"architectures", "is_mm_prefix_lm", "canvas_length"} and "paligemma" not in str(
-        keys
-    ):
-        whole = SimpleNamespace(architectures=["LlamaForCausalLM"], model_type="llava", text_config=config)
-        assert refusal(HFConfig(whole, config)) == fact
-
-
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"kv_lora_rank": None},
-        {"is_encoder_decoder": False},
-        {"is_causal": True},
-        {"is_mm_prefix_lm": False, "model_type": "paligemma"},
-        {"layer_types": ["full_attention", "attention"], "architectures": ["GraniteMoeHybridForCausalLM"]},
-        {"layer_types": ["full_attention"], "sliding_window": 64},
-        {"layer_types": ["sliding_attention"], "sliding_window": None},
-        {"layer_types": ["dense", "sparse", "moe"]},
-        {"sliding_window": 0},
-        {"sliding_window": None},
-        {"attention_chunk_size": None, "attn_logit_softcapping": None, "num_kv_shared_layers": 0},
-        {"use_bidirectional_attention": False, "attention_sinks": False, "alibi": False},
-        {"architectures": ["ChatGLMModel"]},
-        {"architectures": ["GPT2LMHeadModel"]},
-        {"architectures": ["Phi3SmallForCausalLM"]},
-        {"architectures": None},
-        {},
-    ],
-    ids=str,
-)
-def test_keys_that_are_served(keys: dict[str, Any]) -> None:
-    config = SimpleNamespace(**{"architectures": ["LlamaForCausalLM"], "model_type": "llama", **keys})
-    assert refusal(HFConfig(config, config)) is None
-
-
-def test_a_hybrid_that_has_recurrent_layers_in_its_text_part() -> None:
-    """vLLM looks for the layers of a hybrid in the whole config alone."""
-    text = SimpleNamespace(layer_types=["full_attention"])
-    whole = SimpleNamespace(architectures=["Qwen3_5ForConditionalGeneration"], text_config=text)
-    assert refusal(HFConfig(whole, text)) == "has layers with a recurrent state"
-
-
-def test_a_refusal_names_the_type_where_no_architecture_is_named() -> None:
-    config = SimpleNamespace(model_type="bloom")
-    with pytest.raises(S2ConfigError, match=r"^s2_attention: bloom uses ALiBi, expected a causal"):
-        refusals.check_hf_config(HFConfig(config, config))
 
 
 @both_readers
@@ -471,6 +279,31 @@ def test_the_pattern_is_looked_for_in_both_parts(tmp_path: Path) -> None:
     assert read(tmp_path, llava | {"text_config": LLAMA | {"s2_attention": last}}).pattern_config()
     with pytest.raises(S2ConfigError, match="expected layer indices from 0 to 2"):
         read(tmp_path, LLAMA | {"s2_attention": S2 | {"dense_layers": [3]}}).pattern_config()
+
+
+@both_readers
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "mixtral"])
+def test_types_that_require_a_pattern(family: str, tmp_path: Path) -> None:
+    """They are read like the family they belong to: a Qwen's window is off unless it says otherwise."""
+    window = 64 if family.startswith("qwen") else None
+    own = {"model_type": f"s2_{family}", "sliding_window": window, "s2_attention": S2, "head_dim": 24}
+    found = read(tmp_path, LLAMA | own)
+    assert refusal(found) is None
+    assert found.geometry(2) == ModelGeometry(3, 4, 2, 24, 2)
+    assert found.pattern_config() == S2Config(4, 8)
+    if sys.modules["transformers"] is not None:
+        assert type(found.whole).__name__ == f"S2{family.capitalize()}Config"
+
+
+@both_readers
+def test_quantization(tmp_path: Path) -> None:
+    scheme = {"quant_method": "compressed-tensors"}
+    llava = {"model_type": "llava", "vision_config": {}, "text_config": LLAMA}
+    for key in ("quantization_config", "compression_config"):
+        assert read(tmp_path, LLAMA | {key: scheme}).quantization() == scheme
+        assert read(tmp_path, llava | {key: scheme}).quantization() == scheme
+        assert read(tmp_path, llava | {"text_config": LLAMA | {key: scheme}}).quantization() == scheme
+    assert read(tmp_path, LLAMA).quantization() is None
 
 
 @both_readers

@@ -28,6 +28,8 @@ TESTS = {
     "s2_vllm.specs": "tests/test_plan.py",
     "s2_vllm.startup": "tests/test_startup.py",
     "s2_vllm.cli": "tests/test_cli.py",
+    "s2_vllm.config_refusals": "tests/test_config_refusals.py",
+    "s2_vllm.hf_config": "tests/test_hf_config.py",
 }
 """The modules that are mutated, and the test files that must kill their mutants."""
 
