@@ -86,7 +86,7 @@ def test_supported_vllm(verified: list[Any], entered: list[str], warnings: list[
     assert vllm.__version__.startswith(compat.SUPPORTED_VLLM)
 
 
-@pytest.mark.parametrize("modules", [*SPAWNED, []], ids=str)
+@pytest.mark.parametrize("modules", [*SPAWNED, []], ids=["engine", "worker", "main"])
 def test_spawned_processes_get_the_layers_first(
     verified: list[Any], entered: list[str], modules: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,7 +97,7 @@ def test_spawned_processes_get_the_layers_first(
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.3.2", "0.320.0", "1.0.0", "dev"])
-@pytest.mark.parametrize("modules", [*SPAWNED, []], ids=str)
+@pytest.mark.parametrize("modules", [*SPAWNED, []], ids=["engine", "worker", "main"])
 def test_any_other_vllm_is_left_alone(
     verified: list[Any],
     entered: list[str],

@@ -103,28 +103,28 @@ def test_dense_layer(args: tuple[Any, ...]) -> None:
     assert layer.layer_name == DENSE
 
 
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "no name": ((), r"layer '' has the indices \[\] in its name \(prefix\), expected one, below 2"),
+    "no index": ((*NONE, None, "model.attn"), r"layer 'model\.attn' has the indices \[\]"),
+    "no such index": ((*NONE, None, "layers.7.attn"), r"layer 'layers\.7\.attn' has the indices \[7\]"),
+    "ALiBi": (([0.5] * HEADS, *NONE, SPARSE), f"layer {SPARSE} uses ALiBi, expected plain causal attention"),
+    "soft cap": ((*NONE[:-1], 30.0, None, SPARSE), f"layer {SPARSE} soft-caps its logits, expected plain"),
+    "window": ((*NONE, 64, SPARSE), rf"layer {SPARSE} has a sliding window \(64 tokens\), expected plain"),
+    "window in a dense layer": (
+        (*NONE, 64, DENSE),
+        rf"layer {DENSE} has a sliding window \(64 tokens\), expected layers with full attention",
+    ),
+    "shared cache of a dense layer": (
+        (*NONE, None, DENSE, "decoder", SPARSE),
+        f"layer {DENSE} shares another layer's KV cache, expected layers with full attention",
+    ),
+}
+
+
 @pytest.mark.usefixtures("engine_config")
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ((), r"layer '' has the indices \[\] in its name \(prefix\), expected one, below 2"),
-        ((*NONE, None, "model.attn"), r"layer 'model\.attn' has the indices \[\]"),
-        ((*NONE, None, "layers.7.attn"), r"layer 'layers\.7\.attn' has the indices \[7\]"),
-        (
-            ([0.5] * HEADS, *NONE, SPARSE),
-            "layer model.layers.0.* uses ALiBi, expected plain causal attention",
-        ),
-        ((*NONE[:-1], 30.0, None, SPARSE), "layer model.layers.0.* soft-caps its logits, expected plain"),
-        ((*NONE, 64, SPARSE), r"layer model.layers.0.* has a sliding window \(64 tokens\), expected plain"),
-        (
-            (*NONE, 64, DENSE),
-            r"layer model.layers.1.* has a sliding window \(64 tokens\), expected layers with",
-        ),
-        ((*NONE, None, DENSE, "decoder", SPARSE), "layer model.layers.1.* shares another layer's KV cache"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_refusals_see_arguments_by_position(args: tuple[Any, ...], message: str) -> None:
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_see_arguments_by_position(case: str) -> None:
+    args, message = REFUSED[case]
     with pytest.raises(S2ConfigError, match=message):
         Attention(*GEOMETRY, *args)
 

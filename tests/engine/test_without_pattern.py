@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from s2_vllm.compat import BACKEND
 from tests.engine.checkpoints import random_prompts
 from tests.engine.engines import (
     assert_all_pages_free,
@@ -77,6 +78,20 @@ def test_hf_overrides_give_a_pattern(plain: Path, dense_run: Any) -> None:
         assert_all_pages_free(llm)
     assert tokens == [oracle.greedy(prompt, NUM_TOKENS)[0] for prompt in PROMPTS]
     assert tokens != dense_run[0]
+
+
+def test_pattern_beside_another_plugins_backend(plain: Path) -> None:
+    """Sparse layers bring their backend: the name CUSTOM may be taken."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    oracle = Oracle(plain, S2)
+    register_backend(AttentionBackendEnum.CUSTOM, "another_plugin.Backend")
+    try:
+        with engine(plain, max_num_batched_tokens=CHUNK, hf_overrides={"s2_attention": S2}) as llm:
+            tokens = greedy(llm, PROMPTS, NUM_TOKENS)
+    finally:
+        register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
+    assert tokens == [oracle.greedy(prompt, NUM_TOKENS)[0] for prompt in PROMPTS]
 
 
 def test_dense_engine_after_a_sparse_one(plain: Path, dense_run: Any) -> None:
