@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,18 +17,23 @@ def run_python(*arguments: str, without: str, timeout: float | None = None, **va
     Args:
         arguments: of the interpreter.
         without: a variable that the tests' own environment may have, and the program's has not.
-        timeout: seconds.
+        timeout: seconds, after which the program and all processes that it has started are killed.
         variables: of the program's environment, on top of the tests' own.
     """
     environment = {name: value for name, value in os.environ.items() if name != without} | variables
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, *arguments],
         env=environment,
         cwd=ROOT,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+        start_new_session=True,
+    ) as program:
+        try:
+            output, errors = program.communicate(timeout=timeout)
+        except BaseException:
+            os.killpg(program.pid, signal.SIGKILL)
+            raise
+    assert program.returncode == 0, errors[-4000:]
+    return output
