@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.tune import SEARCHES
+from s2_kernels.contiguous.block_sparse import block_sparse_config
+from s2_kernels.hopper.prefill import hopper_prefill_config
 from s2_kernels.launch import configs
-from s2_kernels.launch.configs import launch_config, load_table, shape_key, table_path, trial
+from s2_kernels.launch.configs import Config, launch_config, load_table, shape_key, table_path, trial
+from s2_kernels.paged.cache_write import cache_write_config
+from s2_kernels.paged.decode import decode_config
+from s2_kernels.paged.prefill import prefill_config
 
 DEFAULTS = {"BLOCK_N": 64, "num_warps": 4}
 
@@ -65,3 +72,35 @@ def test_stored_tables_hold_numbers_for_known_operations() -> None:
         for config in (config for shapes in table.values() for config in shapes.values()):
             assert config
             assert all(type(value) is int and value > 0 for value in config.values()), path.name
+
+
+KERNELS: dict[str, Callable[[int, torch.dtype, int], Config]] = {
+    "block_sparse": lambda head_size, dtype, kept: block_sparse_config(head_size, dtype, max_queries=1000),
+    "cache_write": lambda head_size, dtype, kept: cache_write_config(head_size, dtype),
+    "decode": lambda head_size, dtype, kept: decode_config(head_size, 64, kept, dtype),
+    "hopper_prefill": lambda head_size, dtype, kept: hopper_prefill_config(head_size, dtype),
+    "prefill": lambda head_size, dtype, kept: prefill_config(head_size, 64, dtype),
+}
+"""What each kernel launches with, by head size, type and kept residues."""
+
+
+def asked_for(op: str) -> dict[str, set[str]]:
+    """Every shape that a kernel may look up, and the options that it launches with."""
+    options: dict[str, set[str]] = {}
+    for facts in product((16, 32, 64, 128, 256), (torch.bfloat16, torch.float32), range(1, 33)):
+        with trial(op, {}) as shapes:
+            config = KERNELS[op](*facts)
+        options |= {shape: set(config) for shape in shapes}
+    return options
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(configs.__file__).parent.glob("*.json")), ids=lambda path: path.stem
+)
+def test_stored_tables_hold_what_the_kernels_ask_for(path: Path) -> None:
+    """Anything else would be ignored, and the kernel launched with its defaults, without a word."""
+    for op, shapes in json.loads(path.read_text()).items():
+        known = asked_for(op)
+        for shape, config in shapes.items():
+            assert shape in known, f"{op}: {shape}"
+            assert config.keys() <= known[shape], f"{op}: {shape}"
