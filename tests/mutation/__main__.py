@@ -25,7 +25,7 @@ TESTS = {
     "s2_kernels.masks": "tests/test_masks.py",
     "s2_vllm.config": "tests/test_config.py",
     "s2_vllm.plan": "tests/test_plan.py",
-    "s2_vllm.specs": "tests/test_plan.py",
+    "s2_vllm.specs": "tests/test_specs.py",
     "s2_vllm.refusals": "tests/test_refusals.py",
     "s2_vllm.startup": "tests/test_startup.py",
     "s2_vllm.cli": "tests/test_cli.py",

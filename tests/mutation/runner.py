@@ -68,23 +68,36 @@ def survivors(
     """
     waiting = iter(mutants)
     running: dict[int, tuple[Mutant, float]] = {}
-    while True:
-        while len(running) < processes and (mutant := next(waiting, None)) is not None:
-            pid = _fork(lambda mutant=mutant: _mutated(mutant, file, tests))
-            running[pid] = (mutant, time.monotonic() + timeout)
-        if not running:
-            return
-        for pid, (mutant, deadline) in list(running.items()):
-            if time.monotonic() > deadline:
-                os.killpg(pid, signal.SIGKILL)
-            code = _wait(pid, os.WNOHANG)
-            if code is not None:
-                del running[pid]
+    try:
+        while True:
+            while len(running) < processes and (mutant := next(waiting, None)) is not None:
+                pid = _fork(lambda mutant=mutant: _mutated(mutant, file, tests))
+                running[pid] = (mutant, time.monotonic() + timeout)
+            if not running:
+                return
+            for mutant, code in _ended(running):
                 if code in NOT_RUN:
                     raise RuntimeError(f"pytest found no test to run:\n{mutant}")
                 if code == 0:
                     yield mutant
-        time.sleep(0.005)
+            time.sleep(0.005)
+    finally:
+        for pid in running:
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+
+
+def _ended(running: dict[int, tuple[Mutant, float]]) -> Iterator[tuple[Mutant, int]]:
+    """Mutants that have ended, with their exit codes; those whose time is over are killed."""
+    for pid, (mutant, deadline) in list(running.items()):
+        overdue = time.monotonic() > deadline
+        if overdue:
+            print(f"Killed by the time limit:\n{mutant}\n", flush=True)
+            os.killpg(pid, signal.SIGKILL)
+        code = _wait(pid, 0 if overdue else os.WNOHANG)
+        if code is not None:
+            del running[pid]
+            yield mutant, code
 
 
 def _mutated(mutant: Mutant, file: Path, tests: Sequence[str]) -> int:
@@ -135,7 +148,7 @@ def _fork(run: Callable[[], int], output: str | Path = os.devnull) -> int:
         return pid
     code = 1
     try:
-        os.setsid()
+        os.setpgid(0, 0)
         file = os.open(output, os.O_RDWR | os.O_CREAT)
         for stream in range(3):
             os.dup2(file, stream)
