@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from copy import copy
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
 from benchmarks.geometries import SERVED
 from s2_vllm.config import S2Config, S2ConfigError
-from s2_vllm.plan import CachePlan, ModelGeometry, Tier, make_plan
+from s2_vllm.plan import CachePlan, ModelGeometry, Tier, attach_plan, make_plan, plan_of
 from tests.plans import (
     DTYPE,
     cache_config,
@@ -371,3 +372,10 @@ def test_entries_are_shared_where_a_page_spans_no_multiple_of_its_slots() -> Non
     config = S2Config(4, 8, pattern_heads="query", dense_layers=(0,))
     plan = make_plan(config, ModelGeometry(9, 6, 2, 64, 2))
     assert (plan.page_slots, plan.layers_per_entry, plan.hit_alignment) == (192, 8, 1536)
+
+
+def test_a_plan_goes_along_with_a_configuration() -> None:
+    config, plan = engine_config(), reference_plan("s2-7b")
+    assert plan_of(config) is None
+    attach_plan(config, plan)
+    assert plan_of(copy(config)) is plan

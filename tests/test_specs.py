@@ -9,7 +9,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
 from s2_vllm.config import S2Config
 from s2_vllm.plan import CachePlan, ModelGeometry, make_plan
-from s2_vllm.specs import strided_spec, window_spec
+from s2_vllm.specs import STRIDED_SUFFIX, strided_spec, window_spec
 from tests.plans import DTYPE, reference_plan
 
 THREE_OF_EIGHT = make_plan(S2Config(2, 8, pattern_heads="query"), ModelGeometry(4, 6, 2, 128, DTYPE.itemsize))
@@ -46,3 +46,8 @@ def test_specs(
     # vLLM asks for an int in places, and a Fraction of denominator 1 is none.
     assert type(strided.tokens_per_state) is type(tokens_per_state)
     assert strided.num_states == slots
+
+
+def test_the_strided_tier_is_the_layers_sibling() -> None:
+    """vLLM reads the index of the layer in the name."""
+    assert "model.layers.3.self_attn.attn" + STRIDED_SUFFIX == "model.layers.3.self_attn.attn.strided"
