@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections import Counter
 from dataclasses import dataclass
 from itertools import count
@@ -223,7 +224,7 @@ def main(arguments: list[str] | None = None) -> int:
                     f"{events['steps']} steps, {events['steps'] / (printed - start):.0f} a second", flush=True
                 )
     except ViolationError as violation:
-        sys.excepthook(type(violation), violation, violation.__traceback__)
+        traceback.print_exception(violation)
         return 1
     seconds = time.monotonic() - start
     print(f"no violation in {episodes} episodes with seed {options.seed}, {seconds:.0f} s")
