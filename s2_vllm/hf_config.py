@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,8 +33,13 @@ _ALIASES = {
 """Other names in files, where no class maps them."""
 
 _COUNTS = ("num_hidden_layers", "num_attention_heads", "hidden_size", "max_position_embeddings")
-_OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim")
+"""Keys that are positive integers wherever they are."""
 
+_OPTIONAL_COUNTS = ("num_key_value_heads", "head_dim")
+"""Keys that may be null or, of a head size, 0."""
+
+# The names below are those that vLLM 0.32 looks for, in its order (transformers_utils/config.py,
+# transformers_utils/model_arch_config_convertor.py and config/model.py).
 _KV_HEADS = (
     "n_head_kv",
     "num_kv_heads",
@@ -54,11 +58,7 @@ _LENGTHS = (
     "max_seq_length",
     "seq_len",
 )
-_S2_PREFIX = "s2_"
-"""Of the model types whose checkpoints require a pattern."""
-
 _FALCON_TYPES = ("falcon", "RefinedWeb", "RefinedWebModel")
-
 _LENGTH_INCLUDES_SCALING = (
     "su",
     "longrope",
@@ -68,6 +68,9 @@ _LENGTH_INCLUDES_SCALING = (
     "deepseek_llama_scaling",
 )
 """Rotary embeddings whose factor `max_position_embeddings` has in it."""
+
+_S2_PREFIX = "s2_"
+"""Of the model types whose checkpoints require a pattern."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,9 @@ class HFConfig:
         key = "model_max_length" if "model_max_length" in lengths else min(lengths, key=lambda k: lengths[k])
         length = int(lengths[key] * self._rope_factor())
         if asked is None:
-            original = getattr(self.text, "original_max_position_embeddings", None)
+            original = "original_max_position_embeddings"
             is_long = any(_rope_type(rope) == "longrope" for rope in self._ropes())
-            return original if is_long and original is not None else length
+            return self._count(original) if is_long and hasattr(self.text, original) else length
         if asked > length:
             raise S2ConfigError(f"--max-model-len: {asked}, expected at most {length} (config.json, {key})")
         return asked
@@ -152,10 +155,12 @@ class HFConfig:
 
     def _num_kv_heads(self) -> int:
         shares_one = getattr(self.text, "multi_query", False)
-        if self.model_type in _FALCON_TYPES and shares_one and not self.text.new_decoder_architecture:
+        is_new = getattr(self.text, "new_decoder_architecture", False)
+        if self.model_type in _FALCON_TYPES and shares_one and not is_new:
             return 1
-        if self.model_type == "dbrx":
-            return _positive("attn_config.kv_n_heads", self.text.attn_config.kv_n_heads)
+        of_dbrx = getattr(getattr(self.text, "attn_config", None), "kv_n_heads", None)
+        if self.model_type == "dbrx" and of_dbrx is not None:
+            return _positive("attn_config.kv_n_heads", of_dbrx)
         for key in _KV_HEADS:
             if getattr(self.text, key, None) is not None:
                 return self._count(key)
@@ -204,7 +209,7 @@ def read_config(path: Path, overrides: Mapping[str, Any]) -> HFConfig:
     raw = _read_json(file)
     for part in (raw, overrides):
         _check_counts(part)
-    config_class = _config_class(overrides.get("model_type", raw.get("model_type")))
+    config_class = _config_class(str(overrides.get("model_type", raw.get("model_type"))))
     if config_class is None:
         whole = _without_class(raw)
         _override(whole, overrides)
@@ -214,7 +219,7 @@ def read_config(path: Path, overrides: Mapping[str, Any]) -> HFConfig:
             _fill_in(namespace)
         return HFConfig(whole, text)
     try:
-        whole = config_class.from_dict(deepcopy(raw))
+        whole = config_class.from_dict(raw)
         _override(whole, overrides)
         return HFConfig(whole, whole.get_text_config())
     except Exception as error:
@@ -238,13 +243,13 @@ def _special_float(pairs: dict[str, Any]) -> Any:
     return float(pairs["__float__"]) if pairs.keys() == {"__float__"} else pairs
 
 
-def _config_class(model_type: object) -> Any:
+def _config_class(model_type: str) -> Any:
     """transformers' class for a model type, or the one that we register; None where there is none."""
     try:
         from transformers import CONFIG_MAPPING
     except ImportError:
         return None
-    if model_type == "phi3small" or str(model_type).startswith(_S2_PREFIX):
+    if model_type == "phi3small" or model_type.startswith(_S2_PREFIX):
         from s2_vllm.models.families import CONFIG_CLASSES
         from s2_vllm.models.phi3_small_config import Phi3SmallConfig
 
@@ -258,7 +263,7 @@ def _config_class(model_type: object) -> Any:
 def _check_counts(part: Mapping[str, Any]) -> None:
     """Refuse what is no count by its key, before a class says the same in words of its own."""
     for key, value in part.items():
-        if key in _COUNTS or (key in _OPTIONAL_COUNTS and value is not None):
+        if key in _COUNTS or (key in _OPTIONAL_COUNTS and value not in (None, 0)):
             _positive(key, value)
         if key in _TEXT_PARTS and isinstance(value, dict):
             _check_counts(value)

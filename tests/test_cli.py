@@ -232,6 +232,22 @@ def test_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert capsys.readouterr().out == "s2-vllm (not installed)\n"
 
 
+def test_the_shells_arguments(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = _table(capsys, model)
+    monkeypatch.setattr(sys, "argv", ["s2-vllm", "plan", str(model)])
+    assert main() == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_as_a_module(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "s2_vllm.cli", "plan", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("s2-vllm: error: [Errno 2] No such file or directory")
+
+
 def test_a_command_is_required(capsys: pytest.CaptureFixture[str]) -> None:
     assert _usage_error(capsys) == "s2-vllm: error: the following arguments are required: COMMAND"
 

@@ -81,6 +81,7 @@ def test_every_model_type_is_read_as_vllm_reads_it(
         pytest.param(LLAMA, (3, 4, 2, 24), 4096, id="llama"),
         pytest.param(LLAMA | {"head_dim": 40}, (3, 4, 2, 40), 4096, id="head_dim"),
         pytest.param(LLAMA | {"head_dim": None}, (3, 4, 2, 24), 4096, id="head_dim-null"),
+        pytest.param(LLAMA | {"head_dim": 0}, (3, 4, 2, 24), 4096, id="head_dim-0"),
         pytest.param(LLAMA | {"num_key_value_heads": None}, (3, 4, 4, 24), 4096, id="kv-heads-null"),
         pytest.param(
             {"model_type": "gpt2", "n_layer": 5, "n_head": 6, "n_embd": 96, "n_positions": 512},
@@ -110,6 +111,14 @@ def test_every_model_type_is_read_as_vllm_reads_it(
             (4, 6, 3, 16),
             1024,
             id="dbrx",
+        ),
+        pytest.param(
+            {"model_type": "falcon", "multi_query": False, "num_hidden_layers": 2}
+            | {"num_attention_heads": 71, "hidden_size": 4544, "max_position_embeddings": 2048}
+            | {"num_kv_heads": 71},
+            (2, 71, 71, 64),
+            2048,
+            id="falcon-multi-head",
         ),
         pytest.param(
             {"model_type": "nobody-knows-it", "n_layers": 2, "n_heads": 4, "d_model": 64}
@@ -406,6 +415,25 @@ def test_what_is_no_count(keys: dict[str, Any], message: str, tmp_path: Path) ->
     llava = {"model_type": "llava", "vision_config": {}}
     assert error(tmp_path, llava | {"text_config": LLAMA | keys}) == message
     assert error(tmp_path, llava | {"text_config": LLAMA}, {"text_config": keys}) == message
+
+
+@pytest.mark.parametrize("model_type", [None, ["llama"], {}, 3, "", "s2_", "s2_nobody"], ids=str)
+def test_a_type_that_nobody_knows(model_type: Any, tmp_path: Path) -> None:
+    assert read(tmp_path, LLAMA | {"model_type": model_type}).geometry(2) == ModelGeometry(3, 4, 2, 24, 2)
+
+
+def test_keys_that_a_known_type_may_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    falcon = read(tmp_path, LLAMA | {"model_type": "RefinedWebModel", "multi_query": True})
+    assert falcon.geometry(2).num_kv_heads == 1
+    assert read(tmp_path, LLAMA | {"model_type": "RefinedWeb"}).geometry(2).num_kv_heads == 2
+    assert read(tmp_path, LLAMA | {"model_type": "llama", "multi_query": True}).geometry(2).num_kv_heads == 2
+    assert read(tmp_path, LLAMA | {"model_type": "dbrx"}).geometry(2).num_kv_heads == 2
+    dbrx = LLAMA | {"attn_config": {"kv_n_heads": 4}}
+    assert read(tmp_path, dbrx | {"model_type": "dbrx"}).geometry(2).num_kv_heads == 4
+    assert read(tmp_path, dbrx).geometry(2).num_kv_heads == 2
+    with pytest.raises(S2ConfigError, match=r"^attn_config.kv_n_heads: 0, expected a positive integer$"):
+        read(tmp_path, LLAMA | {"model_type": "dbrx", "attn_config": {"kv_n_heads": 0}}).geometry(2)
 
 
 def test_what_is_missing(tmp_path: Path) -> None:
