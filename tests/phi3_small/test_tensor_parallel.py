@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from tests.engine.two_ranks import NUM_TOKENS, needs_two_cores, output_of_two_ranks
+from tests.engine.tensor_parallel import needs_two_cores, run_ranks
 from tests.phi3_small.checkpoints import random_prompts
 from tests.phi3_small.oracle import Oracle
 
@@ -18,6 +18,6 @@ def test_two_ranks_give_the_oracles_tokens(checkpoint: Callable[..., Path], tmp_
     """Their KV heads keep different residues; fused QKV, interleaved MLP and tied embeddings are divided."""
     folder = checkpoint()
     prompts = random_prompts([5, 150, 300], seed=11)
-    output = output_of_two_ranks(folder, prompts, tmp_path)
+    run = run_ranks(2, folder, prompts, 10, tmp_path)
     oracle = Oracle(folder)
-    assert f"tokens {[oracle.greedy(prompt, NUM_TOKENS)[0] for prompt in prompts]}" in output
+    assert run.tokens == [oracle.greedy(prompt, 10)[0] for prompt in prompts]
