@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PORT ?= 8000
+MINUTES ?= 10
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,13 +17,14 @@ SERVE_FLAGS_cpu := --dtype float32 --enforce-eager --kv-cache-memory-bytes 512M
 SERVE_FLAGS_cuda :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test mutants serve lint clean
+.PHONY: help setup demo test soak mutants serve lint clean
 
 help:
 	@echo "make setup   make $(VENV) with vLLM ($(DEVICE)), this plugin and what its tests need"
 	@echo "make demo    make a small S2 checkpoint and serve a batch of prompts from it"
 	@echo "make test    run the tests; those that need a GPU are skipped without one"
 	@echo "make mutants change the code in small ways: do the tests notice? (MODULES=s2_vllm.plan ...)"
+	@echo "make soak    put a real server under hostile traffic for $(MINUTES) minutes (MINUTES=...)"
 	@echo "make serve   serve the demo's checkpoint with 'vllm serve' on port $(PORT) (PORT=...)"
 	@echo "make lint    run ruff and mypy"
 	@echo "make clean   remove $(VENV) and everything that was made"
@@ -59,6 +61,9 @@ $(MUTATION): $(READY)
 
 mutants: $(MUTATION)
 	$(BIN)/python -m tests.mutation $(MODULES)
+
+soak: $(READY)
+	$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 serve: $(READY)
 	$(BIN)/python -m s2_vllm.demo --checkpoint-only $(DEMO)/checkpoint

