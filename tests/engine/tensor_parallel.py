@@ -127,27 +127,21 @@ class Case(NamedTuple):
         """Save a tiny random model in `folder`, and return `folder`."""
         return save_checkpoint(folder, "llama", self.s2, head_dim=64, **self.shape)
 
-    def run(self, ranks: int, folder: Path, scratch: Path) -> Run:
+    def run(self, ranks: int, folder: Path, scratch: Path, **options: Any) -> Run:
         """Continue PROMPTS; some of the requests are preempted."""
         # Asynchronous scheduling, a GPU's default, reserves window pages for two steps: so few requests would
         # be admitted that hardly one has to be preempted.
         pool = {"num_gpu_blocks_override": self.num_blocks[ranks], "async_scheduling": False}
-        run = run_ranks(ranks, folder, PROMPTS, NUM_TOKENS, scratch, **pool)
+        run = run_ranks(ranks, folder, PROMPTS, NUM_TOKENS, scratch, **pool, **options)
         assert run.preemptions > 0
         return run
 
 
 CASES = {
     "kv": Case(
-        {
-            "block_size": 32,
-            "local_blocks": 2,
-            "vert_stride": 5,
-            "head_sliding_step": 1,
-            "dense_layers": [1],
-        },
+        {"block_size": 32, "local_blocks": 2, "vert_stride": 5, "head_sliding_step": 1},
         {"num_attention_heads": 8, "num_key_value_heads": 4},
-        {1: 90, 2: 90},
+        {1: 20, 2: 20},
     ),
     "query": Case(
         {

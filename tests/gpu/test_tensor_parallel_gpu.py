@@ -8,14 +8,7 @@ import pytest
 import torch
 
 from tests.engine.oracle import Oracle
-from tests.engine.tensor_parallel import (
-    CASES,
-    NUM_TOKENS,
-    PROMPTS,
-    assert_agrees,
-    assert_equal_up_to_near_ties,
-    run_ranks,
-)
+from tests.engine.tensor_parallel import CASES, assert_agrees, assert_equal_up_to_near_ties
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,8 +30,9 @@ def test_two_ranks_give_the_tokens_of_one_and_of_the_oracle(name: str, tmp_path:
     assert_equal_up_to_near_ties(oracle, one.tokens, two.tokens)
 
 
-def test_two_ranks_in_the_default_mode(tmp_path: Path) -> None:
-    """Compiled, with CUDA graphs and asynchronous scheduling: the oracle's tokens again."""
-    folder = CASES["query"].save(tmp_path)
-    run = run_ranks(2, folder, PROMPTS, NUM_TOKENS, tmp_path, enforce_eager=False)
-    assert_agrees(Oracle(folder), run.tokens)
+def test_two_ranks_compiled(tmp_path: Path) -> None:
+    """Compiled and with CUDA graphs: the oracle's tokens again."""
+    case = CASES["query"]
+    folder = case.save(tmp_path)
+    two = case.run(2, folder, tmp_path, enforce_eager=False)
+    assert_agrees(Oracle(folder), two.tokens)
