@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 
 import pytest
 import torch
 
 from s2_kernels.attention import s2_attention
-from s2_kernels.contiguous.block_sparse import block_sparse_fwd, merge_rows
+from s2_kernels.contiguous.block_sparse import block_sparse_fwd
 from s2_kernels.contiguous.sequences import Span
-from s2_kernels.masks import BlockMask, dense_heads, local_window, range_strides, sink_blocks
+from s2_kernels.contiguous.visits import Visits, merge_rows
+from s2_kernels.masks import (
+    BlockMask,
+    dense_heads,
+    local_window,
+    pattern_block_mask,
+    range_strides,
+    sink_blocks,
+)
 from s2_kernels.pattern import S2Pattern
 from tests.contiguous import expected_attention, random_causal_mask
 from tests.paged import DEVICE, DTYPE_NAMES, DTYPES, TOLERANCES
@@ -41,10 +50,29 @@ PROMPTS = [(0, 1), (0, 135)]
 CHUNKS = [(150, 45), (37, 20), (96, 16), (5, 0)]
 
 
-def block_mask(dense: torch.Tensor, block_size: int) -> BlockMask:
+def block_mask(dense: torch.Tensor, block_size: int, *, causal: bool = True) -> BlockMask:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return BlockMask.from_dense(dense, block_size)
+        return BlockMask.from_dense(dense, block_size, causal=causal)
+
+
+def random_mask(heads: int, query_blocks: int, key_blocks: int, density: float = 0.5) -> torch.Tensor:
+    """bool [heads, query_blocks, key_blocks], of attention that is not causal."""
+    generator = torch.Generator().manual_seed(query_blocks)
+    return torch.rand(heads, query_blocks, key_blocks, generator=generator) < density
+
+
+VISITED = {
+    "arbitrary": block_mask(
+        random_causal_mask(3, BLOCKS, 0.6) | torch.ones(BLOCKS, BLOCKS).tril(-9).bool(), 16
+    ),
+    "s2": BlockMask.from_pattern(PATTERN, BLOCKS),
+    "s2-and-dense": BlockMask.of_heads(
+        [BlockMask.from_pattern(pattern, BLOCKS) for pattern in (PATTERN, S2Pattern(16, BLOCKS, 1, (0,), 1))]
+    ).select([4, 2, 1]),
+    "chunk": block_mask(random_causal_mask(2, BLOCKS, 0.9)[:, 7:], 16),
+    "both-ways": block_mask(random_mask(2, 13, BLOCKS), 16, causal=False),
+}
 
 
 def run_and_check(
@@ -57,6 +85,7 @@ def run_and_check(
     kv_heads: int = KV_HEADS,
     head_size: int = 24,
     with_lse: bool = True,
+    causal: bool = True,
 ) -> None:
     """Sequences are packed with a gap after each; all memory of the gaps is NaN, and must stay so."""
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +111,7 @@ def run_and_check(
     lse = torch.full((1, heads, queries), torch.nan, device=DEVICE) if with_lse else None
     scale = 0.3
 
-    block_sparse_fwd(q, k, v, block_mask(dense, block_size), tuple(spans), scale, out, lse)
+    block_sparse_fwd(q, k, v, block_mask(dense, block_size, causal=causal), tuple(spans), scale, out, lse)
 
     tolerance = TOLERANCES[dtype]
     is_gap = torch.ones(queries, dtype=torch.bool)
@@ -90,7 +119,7 @@ def run_and_check(
         rows = slice(span.query_start, span.query_start + span.num_queries)
         of_span = slice(span.key_start, span.key_start + span.num_keys)
         expected, expected_lse = expected_attention(
-            q[0, rows], k[0, of_span], v[0, of_span], dense, block_size, scale
+            q[0, rows], k[0, of_span], v[0, of_span], dense, block_size, scale, causal=causal
         )
         torch.testing.assert_close(out[0, rows], expected, atol=tolerance, rtol=tolerance)
         if lse is not None:
@@ -114,6 +143,35 @@ def test_tiles_of_several_rows_and_several_tiles_in_a_row(block_size: int, dtype
     blocks = 1 + 320 // block_size
     dense = random_causal_mask(2, blocks, 0.5, seed=block_size)
     run_and_check(dense, block_size, [(0, 150), (131, 40), (3, 2)], dtype, heads=2, kv_heads=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
+@pytest.mark.parametrize("block_size", [16, 64, 128])
+def test_fewer_query_blocks_than_key_blocks(block_size: int, dtype: torch.dtype) -> None:
+    """The rows are the last ones of a square mask, whose first ones are not known."""
+    dense = random_causal_mask(2, 9, 0.6, seed=block_size)[:, 5:]
+    first = 5 * block_size
+    sequences = [(first, 2 * block_size - 3), (first + block_size + 5, 1), (first, 4 * block_size)]
+    run_and_check(dense, block_size, sequences, dtype, heads=2, kv_heads=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
+@pytest.mark.parametrize("block_size", [16, 64, 128])
+@pytest.mark.parametrize("blocks", [(5, 5), (5, 3), (2, 6)], ids=["square", "tall", "wide"])
+def test_not_causal(blocks: tuple[int, int], block_size: int, dtype: torch.dtype) -> None:
+    """Any number of queries, from the first on, and keys; one query of a square mask is the last token."""
+    query_blocks, key_blocks = blocks
+    dense = random_mask(2, query_blocks, key_blocks)
+    most_queries, most_keys = query_blocks * block_size, key_blocks * block_size
+    sequences = [
+        (keys - queries, queries)
+        for queries, keys in (
+            (most_queries, most_keys),
+            (most_queries - 7, most_keys - 5),
+            (1, most_keys - 3),
+        )
+    ]
+    run_and_check(dense, block_size, sequences, dtype, heads=2, kv_heads=1, causal=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
@@ -154,36 +212,60 @@ def test_blocks_that_no_row_of_the_tile_attends_to_are_not_read() -> None:
     torch.testing.assert_close(out[0, first:], expected, atol=2e-3, rtol=2e-3)
 
 
+def visits_of_groups(visits: Visits) -> Iterator[tuple[int, int, list[tuple[int, int]], int]]:
+    """(mask, group, (first token, row bits) of each visit, how many of them need no mask)."""
+    for n, (run_0, size_0, run_1, size_1, own, num_unmasked, num_own) in enumerate(visits.groups.tolist()):
+        shared = [*range(run_0, run_0 + size_0), *range(run_1, run_1 + size_1)]
+        its_visits = [(int(visits.starts[place]), -1) for place in shared]
+        for place in range(own, own + num_own):
+            its_visits.append((int(visits.starts[place]), int(visits.row_bits[place])))
+        yield *divmod(n, visits.num_groups), its_visits, len(shared) + num_unmasked
+
+
+@pytest.mark.parametrize("visits_per_step", [1, 4])
 @pytest.mark.parametrize("rows", [1, 2, 8])
-def test_visits_are_the_union_of_the_rows(rows: int) -> None:
-    dense = random_causal_mask(3, BLOCKS, 0.6)
-    dense[1] = dense[0] | torch.ones(BLOCKS, BLOCKS).tril(-3).bool()
-    visits = merge_rows(block_mask(dense, 16), rows, torch.device("cpu"))
-    groups = -(-BLOCKS // rows)
-    assert visits.num_groups == groups
-    bounds = visits.offsets.tolist()
-    assert len(bounds) == 2 * 3 * groups + 1
-    assert bounds[-1] == len(visits.starts) == len(visits.row_bits)
+@pytest.mark.parametrize("kind", ["arbitrary", "s2", "s2-and-dense", "chunk", "both-ways"])
+def test_visits_are_the_union_of_the_rows(kind: str, rows: int, visits_per_step: int) -> None:
+    mask = VISITED[kind]
+    visits = merge_rows(mask, rows, visits_per_step, torch.device("cpu"))
+    distinct = replace(mask, mask_of_head=tuple(range(len(mask.runs))))
+    dense = distinct.dense_rows(0, mask.num_query_blocks)
+    assert visits.mask_of_head.tolist() == list(mask.mask_of_head)
+    assert visits.num_groups == -(-mask.num_query_blocks // rows)
+    assert len(visits.groups) == len(mask.runs) * visits.num_groups
     any_unmasked = False
-    for half, (start, end) in enumerate(pairwise(bounds)):
-        head, group = divmod(half // 2, groups)
-        for first_token, bits in zip(
-            visits.starts[start:end].tolist(), visits.row_bits[start:end].tolist(), strict=True
-        ):
-            block = first_token // 16
-            assert block * 16 == first_token
-            of_rows = [
-                group * rows + r < BLOCKS and bool(dense[head, group * rows + r, block]) for r in range(rows)
-            ]
-            assert any(of_rows)
-            assert [bool(bits >> r & 1) for r in range(rows)] == of_rows
-            assert (half % 2 == 0) == (all(of_rows) and block < group * rows)
-            any_unmasked |= half % 2 == 0
-        if half % 2:
-            seen = (visits.starts[bounds[half - 1] : end] // 16).tolist()
-            union = dense[head, group * rows : (group + 1) * rows].any(dim=0).nonzero().flatten().tolist()
-            assert sorted(seen) == union
-    assert any_unmasked
+    for head, group, its_visits, num_unmasked in visits_of_groups(visits):
+        blocks = [first_token // 16 for first_token, _ in its_visits]
+        assert [first_token for first_token, _ in its_visits] == [block * 16 for block in blocks]
+        assert len(set(blocks)) == len(blocks)
+        of_rows = dense[head, group * rows : (group + 1) * rows]
+        assert sorted(blocks) == of_rows.any(dim=0).nonzero().flatten().tolist()
+        for place, (block, (_, bits)) in enumerate(zip(blocks, its_visits, strict=True)):
+            attends = [*of_rows[:, block].tolist(), *[False] * (rows - len(of_rows))]
+            assert [bool(bits >> r & 1) for r in range(rows)] == attends
+            if mask.is_causal:
+                assert (place < num_unmasked) == (all(attends) and block < group * rows)
+                any_unmasked |= place < num_unmasked
+    assert any_unmasked == mask.is_causal
+    assert (visits.groups[:, 1:4:2] % visits_per_step == 0).all()
+
+
+def test_visits_of_a_pattern_are_few() -> None:
+    """A million tokens: 268 million block pairs for each residue, of which nothing is listed."""
+    pattern = S2Pattern.build(8, 2, block_size=16, local_blocks=64, pattern_heads="query")
+    mask = pattern_block_mask(pattern, 1 << 20)
+    visits = merge_rows(mask, 4, 4, torch.device("cpu"))
+    num_blocks = 1 << 16
+    assert sum(len(x.flatten()) for x in (mask.lists, mask.runs)) < 50 * num_blocks
+    assert sum(len(x.flatten()) for x in visits[:4]) < 100 * num_blocks
+    first, length = visits.groups[-1, :2].tolist()
+    of_last_residue = torch.arange(7, num_blocks - 3 - 64, 8)
+    assert length == len(of_last_residue) // 4 * 4
+    assert torch.equal(visits.starts[first : first + length], of_last_residue[:length] * 16)
+
+
+def test_places_in_the_table_may_pass_32_bits() -> None:
+    assert merge_rows(VISITED["s2"], 1, 1, torch.device("cpu")).groups.dtype == torch.int64
 
 
 def test_what_the_kernel_does_not_take_is_named() -> None:

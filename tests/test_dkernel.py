@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from s2_kernels import dkernel
 from s2_kernels.attention import attend
-from s2_kernels.dkernel import LocalStrideSparseAttention, SparseAttention
+from s2_kernels.dkernel import (
+    LocalStrideSparseAttention,
+    SparseAttention,
+    combine_attn_partitions,
+    get_sparse_attn_mask,
+)
 from tests.contiguous import expected_attention, random_causal_mask
 from tests.paged import DEVICE, TOLERANCES
 
@@ -42,7 +51,9 @@ def check_sequence(
     scale: float = SCALE,
 ) -> None:
     """One sequence: [tokens, heads, head_size], lse [heads, tokens]."""
-    expected, expected_lse = expected_attention(q, k, v, attn.mask.to_dense(), BLOCK, scale)
+    expected, expected_lse = expected_attention(
+        q, k, v, attn.mask.to_dense(), BLOCK, scale, causal=attn.mask.is_causal
+    )
     torch.testing.assert_close(out, expected, atol=TOLERANCES[DTYPE], rtol=TOLERANCES[DTYPE])
     if lse is not None:
         torch.testing.assert_close(lse, expected_lse, atol=2e-5, rtol=2e-5)
@@ -271,11 +282,324 @@ def test_the_pattern_and_its_mask_give_the_same() -> None:
         torch.testing.assert_close(lse, expected_lse, atol=2e-5, rtol=2e-5)
 
 
-def test_non_causal_attention_is_refused_by_name() -> None:
-    with pytest.raises(NotImplementedError, match=r"^causal: False"):
-        local_stride(causal=False)
-    with pytest.raises(NotImplementedError, match=r"^causal: False"):
-        SparseAttention(BLOCK, torch.ones(4, 4), causal=False)
+def local_stride_attends(
+    i: int, j: int, head: int, step: int, offset: int, stride: int, window: tuple[int, int]
+) -> bool:
+    """Whether query block i of KV head `head` attends to key block j, whatever causality says."""
+    return (-window[1] < i - j < window[0]) or (j + head * step + offset) % stride == 0
+
+
+def steps_outside(i: int, j: int, window: tuple[int, int]) -> int:
+    return max(0, i - j - window[0] + 1, j - i - window[1] + 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_sparse_attn_mask(data: st.DataObject) -> None:
+    """All three forms of the mask, block by block and token by token."""
+    draw = data.draw
+    block_size = draw(st.sampled_from([1, 3, 16]), "block_size")
+    causal, homo = draw(st.booleans(), "causal"), draw(st.booleans(), "homo_head")
+    num_kv, group = draw(st.integers(1, 3), "num_kv_heads"), draw(st.integers(1, 3), "group")
+    num_dense = 0 if homo else draw(st.integers(0, num_kv), "num_dense_heads")
+    stride = draw(st.sampled_from([1, 2, 3, 7]), "vert_stride")
+    local: int | tuple[int, int] = draw(st.integers(1, 4), "local_blocks")
+    if not causal and draw(st.booleans(), "two sides"):
+        local = (local, draw(st.integers(1, 4), "after"))
+    step, offset = draw(st.sampled_from([None, 1, 2]), "step"), draw(st.integers(0, 4), "offset")
+    relative = draw(st.sampled_from([None, False, True]), "relative")
+    queries, keys = draw(st.integers(1, 7 * block_size)), draw(st.integers(1, 7 * block_size))
+    past, q_start, k_start = 0, None, None
+    if draw(st.booleans(), "chunks"):
+        q_start, k_start = (draw(st.integers(0, 4)) * block_size for _ in range(2))
+    else:
+        past = draw(st.integers(0, queries), "past_len")
+
+    (crow, col), blocks, tokens = get_sparse_attn_mask(
+        num_kv * group,
+        queries,
+        block_size,
+        local,
+        stride,
+        homo,
+        num_kv,
+        past,
+        torch.float16,
+        "cpu",
+        True,
+        step,
+        offset,
+        num_dense,
+        keys,
+        q_start,
+        k_start,
+        {None: None, False: "absolute", True: "relative"}[relative],
+        causal,
+    )
+
+    relative = not causal if relative is None else relative
+    window = (local, 1) if causal else (local, local) if isinstance(local, int) else local
+    num_heads = 1 if homo else num_kv * group
+    used_step = max(1, stride // num_heads) if step is None else step
+    heads = 1 if relative and num_dense in (0, num_kv) else num_heads
+    first_query, first_key = (q_start or 0) // block_size, (k_start or 0) // block_size
+    query_blocks, key_blocks = (-(-n // block_size) for n in (queries, keys))
+
+    def attends(head: int, row: int, column: int) -> bool:
+        i, j = first_query + row, first_key + column
+        kv_head = 0 if homo else head // group
+        if causal and j > i:
+            return False
+        if not homo and kv_head >= num_kv - num_dense:
+            return True
+        if relative:
+            return steps_outside(i, j, window) % stride == 0
+        return local_stride_attends(i, j, kv_head, used_step, offset, stride, window)
+
+    expected = torch.tensor(
+        [
+            [[attends(head, i, j) for j in range(key_blocks)] for i in range(query_blocks)]
+            for head in range(heads)
+        ]
+    )
+    known = expected[:, -(-past // block_size) :]
+    assert blocks.dtype == tokens.dtype == torch.float16
+    assert torch.equal(blocks, known.half())
+    assert crow.dtype == col.dtype == torch.int32
+    for head in range(heads):
+        for row in range(known.shape[1]):
+            of_row = col[head, crow[head, row] : crow[head, row + 1]]
+            assert of_row.tolist() == known[head, row].nonzero().flatten().tolist()
+        assert (col[head, crow[head, -1] :] == -1).all()
+    assert tokens.shape == (heads, queries - past, keys)
+    for i in range(past, queries):
+        for j in range(keys):
+            is_later = first_key * block_size + j > first_query * block_size + i
+            of_heads = expected[:, i // block_size, j // block_size]
+            assert (
+                tokens[:, i - past, j].tolist() == (of_heads & (not causal or not is_later)).half().tolist()
+            )
+
+
+def test_sparse_attn_mask_by_default() -> None:
+    (crow, col), blocks, tokens = get_sparse_attn_mask(2, 200)
+    assert tokens is None
+    assert blocks.dtype == torch.bfloat16
+    assert blocks.shape == (2, 4, 4)
+    assert crow.device.type == col.device.type == blocks.device.type == DEVICE
+
+
+def both_ways(seq_dim: int | None = None, **changes: object) -> LocalStrideSparseAttention:
+    return LocalStrideSparseAttention(HEADS, 160, BLOCK, 2, 3, causal=False, seq_dim=seq_dim, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_dense_heads": 1}, {"homo_head": True}, {"num_kv_heads": 2, "active_head_range": (1, 3)}],
+    ids=["plain", "dense", "homogeneous", "one-rank"],
+)
+def test_local_stride_pattern_both_ways(changes: dict[str, object]) -> None:
+    mask = both_ways(**changes).mask
+    assert not mask.is_causal
+    dense = mask.to_dense()
+    assert dense.shape[1:] == (12, 12)
+    for head, of_head in enumerate(dense):
+        is_dense = "num_dense_heads" in changes and head == HEADS - 1
+        for i in range(12):
+            for j in range(12):
+                assert of_head[i, j] == (is_dense or steps_outside(i, j, (2, 2)) % 3 == 0)
+
+
+@pytest.mark.parametrize("seq_dim", [1, 2])
+@pytest.mark.parametrize(("queries", "keys"), [(141, 141), (1, 141), (37, 141), (90, 40)])
+def test_batch_both_ways(queries: int, keys: int, seq_dim: int) -> None:
+    attn = both_ways(seq_dim, num_kv_heads=KV_HEADS, num_dense_heads=1)
+    q, k, v = random_batch(2, queries, keys)
+    inputs = [x.transpose(1, 2).contiguous() if seq_dim == 2 else x for x in (q, k, v)]
+    out, lse = attn(*inputs, return_lse=True)
+    for n in range(2):
+        of_sequence = out[n].transpose(0, 1) if seq_dim == 2 else out[n]
+        check_sequence(attn, q[n], k[n], v[n], of_sequence, lse[n])
+
+
+def test_packed_and_padded_both_ways() -> None:
+    attn = both_ways(num_kv_heads=KV_HEADS)
+    q, k, v = random_batch(2, 80, 80)
+    out, lse = attn(q[0], k[0], v[0], cu_seqlen_k=starts((33, 47)), return_lse=True)
+    padded, padded_lse = attn(q, k, v, left_paddings=torch.tensor([33, 0]), return_lse=True)
+    for rows in (slice(0, 33), slice(33, 80)):
+        check_sequence(attn, q[0, rows], k[0, rows], v[0, rows], out[rows], lse[:, rows])
+    check_sequence(attn, q[0, 33:], k[0, 33:], v[0, 33:], padded[0, 33:], padded_lse[0, :, 33:])
+    check_sequence(attn, q[1], k[1], v[1], padded[1], padded_lse[1])
+    assert (padded[0, :33] == 0).all()
+    more_queries = attn(
+        q[0], k[0, :30], v[0, :30], cu_seqlen_k=starts((10, 20)), cu_seqlen_q=starts((60, 20))
+    )
+    check_sequence(attn, q[0, :60], k[0, :10], v[0, :10], more_queries[:60])
+
+
+def test_a_chunk_of_queries_with_all_keys_before_it() -> None:
+    """The pattern's rows are the last ones; other rows are not known, and asking for them is an error."""
+    _, blocks, _ = get_sparse_attn_mask(
+        HEADS, 4 * BLOCK, BLOCK, 2, 3, q_start_position=5 * BLOCK, kv_seqlen=9 * BLOCK
+    )
+    attn = SparseAttention(BLOCK, blocks)
+    assert attn.max_seqlen == 9 * BLOCK
+    q, k, v = random_batch(1, 4 * BLOCK - 3, 9 * BLOCK - 3, kv_heads=HEADS)
+    out, lse = attn(q, k, v, return_lse=True)
+    check_sequence(attn, q[0], k[0], v[0], out[0], lse[0])
+    last = attn(q[:, -1:], k, v)
+    torch.testing.assert_close(last, out[:, -1:], atol=2e-3, rtol=2e-3)
+    with pytest.raises(ValueError, match=r"^mask: its query blocks are of tokens 80 to 143, .* 79 to 140"):
+        attn(torch.cat([q, q[:, :1]], dim=1), k, v)
+
+
+@pytest.mark.parametrize("homo_head", [False, True], ids=["heads", "homogeneous"])
+@pytest.mark.parametrize("seq_dim", [1, 2])
+@pytest.mark.parametrize("ring", [True, False], ids=["ring", "two-parts"])
+def test_parts_of_the_keys_combine_to_the_whole(ring: bool, seq_dim: int, homo_head: bool) -> None:
+    """Sequence parallelism: each chunk of queries meets the keys in parts, only the last of them causal."""
+    chunk, chunks = 3 * BLOCK, 3
+    q, k, v = random_batch(2, chunk * chunks, chunk * chunks, kv_heads=HEADS)
+    results, any_empty = [], False
+    for n in range(chunks):
+        q_start = n * chunk
+        edges = [m * chunk for m in range(n + 2)] if ring else sorted({0, q_start, q_start + chunk})
+        parts = []
+        for first, end in pairwise(edges):
+            _, blocks, _ = get_sparse_attn_mask(
+                HEADS,
+                chunk,
+                BLOCK,
+                1,
+                4,
+                homo_head=homo_head,
+                q_start_position=q_start,
+                kv_start_position=first,
+                kv_seqlen=end - first,
+            )
+            attn = SparseAttention(BLOCK, blocks, seq_dim=seq_dim, causal=end == q_start + chunk)
+            inputs = (q[:, q_start : q_start + chunk], k[:, first:end], v[:, first:end])
+            if seq_dim == 2:
+                inputs = tuple(x.transpose(1, 2) for x in inputs)
+            parts.append(attn(*inputs, return_lse=True))
+            any_empty |= bool((parts[-1][1] == -torch.inf).any())
+        results.append(combine_attn_partitions(*parts, hdim=3 - seq_dim))
+    result = torch.cat(results, dim=seq_dim)
+    result = result if seq_dim == 1 else result.transpose(1, 2)
+    assert result.dtype == DTYPE
+    whole = LocalStrideSparseAttention(HEADS, chunk * chunks, BLOCK, 1, 4, homo_head=homo_head)
+    for n in range(2):
+        check_sequence(whole, q[n], k[n], v[n], result[n])
+    assert any_empty != homo_head, "a part in which some query attends to nothing"
+
+
+def test_a_query_without_keys_in_any_part_gets_zeros() -> None:
+    out = torch.full((1, 3, 2, 4), torch.nan)
+    lse = torch.full((1, 3, 2), -torch.inf)
+    other, other_lse = torch.ones(1, 3, 2, 4), lse.clone()
+    other_lse[:, 1] = 0.5
+    combined = combine_attn_partitions((out, lse), (other, other_lse))
+    assert (combined[:, 1] == 1).all()
+    assert (combined[:, [0, 2]] == 0).all()
+
+
+@pytest.mark.parametrize(("hdim", "rows"), [(0, (3, 2)), (1, (3, 2))], ids=["heads-first", "tokens-first"])
+def test_parts_without_a_batch(hdim: int, rows: tuple[int, int]) -> None:
+    outputs = torch.randn(2, 3, 2, 4)
+    lses = torch.randn(2, *rows)
+    parts = [
+        (output if hdim == 0 else output.transpose(0, 1), lse)
+        for output, lse in zip(outputs, lses, strict=True)
+    ]
+    combined = combine_attn_partitions(*parts, hdim=hdim)
+    weights = lses.softmax(dim=0)[..., None]
+    expected = (outputs * weights).sum(dim=0)
+    torch.testing.assert_close(combined, expected if hdim == 0 else expected.transpose(0, 1))
+
+
+def test_wrong_parts_are_named() -> None:
+    out, lse = torch.zeros(1, 3, 2, 4), torch.zeros(1, 3, 2)
+    with pytest.raises(ValueError, match=r"^x: no parts"):
+        combine_attn_partitions()
+    with pytest.raises(ValueError, match=r"^hdim: 3, expected 1 or 2 for outputs of shape \(1, 3, 2, 4\)"):
+        combine_attn_partitions((out, lse), hdim=3)
+    with pytest.raises(
+        ValueError, match=r"^x: part 1 has shapes .* and \(1, 2, 3\), expected .* and \(1, 3, 2\)"
+    ):
+        combine_attn_partitions((out, lse), (out, lse.transpose(1, 2)))
+    with pytest.raises(ValueError, match=r"^x: part 1 has shapes \(1, 3, 2, 5\)"):
+        combine_attn_partitions((out, lse), (torch.zeros(1, 3, 2, 5), lse))
+
+
+def test_the_names_that_dkernel_exports() -> None:
+    names = {
+        "SparseAttention",
+        "LocalStrideSparseAttention",
+        "get_sparse_attn_mask",
+        "combine_attn_partitions",
+    }
+    assert set(dkernel.__all__) == names
+    assert all(hasattr(dkernel, name) for name in names)
+
+
+def test_examples_of_dkernels_readme() -> None:
+    """At a sixteenth of their size, and without gradients."""
+    num_heads, max_seq_len, block_size = 4, 512, 16
+    q, k, v = (torch.rand(2, 512, num_heads, 32, device=DEVICE, dtype=DTYPE) for _ in range(3))
+    attn = LocalStrideSparseAttention(num_heads, max_seq_len, block_size, 8, 8, seq_dim=1)
+    attn.to(DEVICE)
+    output, lse = attn(q, k, v, return_lse=True)
+    for n in range(2):
+        check_sequence(attn, q[n, 480:], k[n], v[n], output[n, 480:], lse[n, :, 480:], 32**-0.5)
+
+    num_blocks = max_seq_len // block_size
+    pattern = torch.rand((num_heads, num_blocks, num_blocks)) > 0.8
+    for of_head in pattern:
+        of_head.diagonal()[:] = True
+    pattern *= torch.tril(torch.ones_like(pattern[0]))
+    with pytest.warns(UserWarning, match="not KV-efficient"):
+        attn = SparseAttention(block_size, pattern)
+    attn.to(DEVICE)
+    output = attn(q, k, v, sm_scale=0.008)
+    check_sequence(attn, q[1, 470:], k[1], v[1], output[1, 470:], scale=0.008)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both-ways"])
+def test_gradients_are_refused(causal: bool) -> None:
+    attn = local_stride(causal=causal)
+    q, k, v = random_batch(1, 20, 20)
+    with pytest.raises(NotImplementedError, match=r"^v: requires a gradient"):
+        attn(q, k, v.requires_grad_())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 0}, "num_heads: 0"),
+        ({"seqlen": 0}, "seqlen: 0"),
+        ({"block_size": 0}, "block_size: 0"),
+        ({"vert_stride": 0}, "vert_stride: 0"),
+        ({"kv_seqlen": 0}, "kv_seqlen: 0"),
+        ({"local_blocks": 0}, "local_blocks: 0"),
+        ({"local_blocks": (1, 2)}, r"local_blocks: \(1, 2\), expected a positive integer"),
+        ({"local_blocks": -1, "causal": False}, "local_blocks: -1"),
+        ({"local_blocks": (1, 0), "causal": False}, r"local_blocks: \(1, 0\), expected two"),
+        ({"num_kv_heads": 3}, r"num_kv_heads: 3, expected a divisor of num_heads \(4\)"),
+        ({"num_dense_heads": 5}, r"num_dense_heads: 5, expected a value in \[0, 4\]"),
+        ({"num_dense_heads": 1, "homo_head": True}, "num_dense_heads: 1, expected 0 with homo_head"),
+        ({"past_len": 101}, r"past_len: 101, expected a value in \[0, 100\]"),
+        ({"past_len": 5, "q_start_position": 16}, "past_len: 5, expected none with q_start_position"),
+        ({"q_start_position": 8}, r"q_start_position: 8, expected a multiple of block_size \(16\)"),
+        ({"kv_start_position": -16}, "kv_start_position: -16"),
+        ({"vert_position_type": "other"}, "vert_position_type: 'other'"),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, str) else "",
+)
+def test_wrong_arguments_of_a_mask_are_named(changes: dict[str, object], message: str) -> None:
+    arguments = {"num_heads": 4, "seqlen": 100, "block_size": 16, **changes}
+    with pytest.raises(ValueError, match=f"^{message}"):
+        get_sparse_attn_mask(**arguments)
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -293,8 +617,16 @@ def test_wrong_arguments_are_named() -> None:
         SparseAttention(8, torch.eye(4))
     with pytest.raises(ValueError, match=r"^block_size: 32, expected 16"):
         SparseAttention(32, attn.mask)
-    with pytest.raises(ValueError, match=r"^sparse_pattern: shape \(4, 5\)"):
+    with pytest.raises(ValueError, match=r"^sparse_pattern: shape \(5, 4\), .* at most as many query blocks"):
+        SparseAttention(16, torch.ones(5, 4))
+    with pytest.raises(
+        ValueError, match=r"^sparse_pattern: shape \(4,\), expected \[query blocks, key blocks\]"
+    ):
+        SparseAttention(16, torch.ones(4), causal=False)
+    with pytest.raises(ValueError, match=r"^mask: query block 1 of head 0 attends to the later key block 2"):
         SparseAttention(16, torch.ones(4, 5))
+    with pytest.raises(ValueError, match=r"^causal: False, expected True as in sparse_pattern"):
+        SparseAttention(16, attn.mask, causal=False)
     with pytest.raises(ValueError, match=r"^seq_dim: 3"):
         local_stride(seq_dim=3)
     with pytest.raises(ValueError, match=r"^num_dense_heads: 1"):

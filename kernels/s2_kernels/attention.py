@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from s2_kernels.contiguous.dispatch import run
-from s2_kernels.contiguous.sequences import Span, batch_spans, longest, packed_spans
+from s2_kernels.contiguous.sequences import Span, batch_spans, first_position, packed_spans
 from s2_kernels.launch.choice import Impl
 from s2_kernels.masks import BlockMask
 from s2_kernels.pattern import S2Pattern
@@ -27,11 +27,12 @@ def s2_attention(
     return_lse: bool = False,
     impl: Impl | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Sparsely-Sharded attention (arXiv 2407.17678, section 3), causal, forward only.
+    """Sparsely-Sharded attention (arXiv 2407.17678, section 3), forward only.
 
-    The queries of a sequence are its last tokens: with fewer queries than keys the rest is a past. A query
-    whose set is empty, as an arbitrary mask can have it, gets zeros. A call can be captured in a CUDA graph
-    after one with the same lengths, which makes its tables, and with `cu_seqlens` on the CPU.
+    The queries of a sequence are its last tokens: with fewer queries than keys the rest is a past. (A block
+    mask that is not causal has the first query in its first row of blocks.) A query whose set is empty, as an
+    arbitrary mask can have it, gets zeros. A call can be captured in a CUDA graph after one with the same
+    lengths, which makes its tables, and with `cu_seqlens` on the CPU.
 
     Args:
         q: [batch, queries, num_heads, head_size], or packed: [tokens, num_heads, head_size].
@@ -54,12 +55,13 @@ def s2_attention(
             message names it.
         NotImplementedError: an input needs a gradient; there is no backward pass.
     """
+    causal = isinstance(pattern, S2Pattern) or pattern.is_causal
     is_packed = q.dim() == 3
     if is_packed:
         if cu_seqlens_q is None:
             raise ValueError("cu_seqlens_q: None, expected where each sequence of the packed q starts")
         cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-        spans = packed_spans(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0])
+        spans = packed_spans(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], causal=causal)
         q, k, v = q[None], k[None], v[None]
     else:
         if cu_seqlens_q is not None or cu_seqlens_k is not None:
@@ -67,7 +69,7 @@ def s2_attention(
                 f"q: shape {tuple(q.shape)}, expected [tokens, heads, head_size] with cu_seqlens"
             )
         check_shapes(q, k, v)
-        spans = batch_spans(q.shape[0], q.shape[1], k.shape[1])
+        spans = batch_spans(q.shape[0], q.shape[1], k.shape[1], causal=causal)
     out, lse = attend(q, k, v, pattern, spans, scale=scale, return_lse=return_lse, impl=impl)
     if is_packed:
         out, lse = out[0], None if lse is None else lse[0]
@@ -109,7 +111,7 @@ def attend(
     """
     check_shapes(q, k, v)
     _check_no_gradient(q, k, v)
-    _check_pattern(pattern, q.shape[2], k.shape[2], longest(spans))
+    _check_pattern(pattern, q.shape[2], k.shape[2], spans)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not scale > 0:
         raise ValueError(f"scale: {scale}, expected a positive number")
@@ -156,9 +158,9 @@ def _check_no_gradient(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Non
 
 
 def _check_pattern(
-    pattern: S2Pattern | BlockMask, num_heads: int, num_kv_heads: int, num_tokens: int
+    pattern: S2Pattern | BlockMask, num_heads: int, num_kv_heads: int, spans: tuple[Span, ...]
 ) -> None:
-    """Raise ValueError unless the pattern is for these heads, and for sequences of `num_tokens` tokens."""
+    """Raise ValueError unless the pattern is for these heads and sequences."""
     if isinstance(pattern, S2Pattern):
         if (pattern.num_heads, pattern.num_kv_heads) != (num_heads, num_kv_heads):
             raise ValueError(
@@ -171,7 +173,15 @@ def _check_pattern(
             f"mask: {pattern.num_heads} heads, expected 1, {num_kv_heads} (KV heads) or {num_heads} "
             "(query heads)"
         )
-    if num_tokens > pattern.max_tokens:
-        raise ValueError(
-            f"mask: covers {pattern.max_tokens} tokens, expected at least {num_tokens}, as k has"
-        )
+    for span in spans:
+        if span.num_keys > pattern.max_tokens:
+            raise ValueError(
+                f"mask: covers {pattern.max_tokens} tokens, expected at least {span.num_keys}, as k has"
+            )
+        first = first_position(span, pattern)
+        known = (pattern.first_row * pattern.block_size, pattern.num_query_blocks * pattern.block_size)
+        if span.num_queries and not known[0] <= first <= first + span.num_queries <= known[1]:
+            raise ValueError(
+                f"mask: its query blocks are of tokens {known[0]} to {known[1] - 1}, expected to cover q's, "
+                f"{first} to {first + span.num_queries - 1}"
+            )

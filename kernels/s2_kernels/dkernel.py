@@ -1,11 +1,14 @@
-"""DKernel's modules on these kernels: its constructor arguments and its call, after a changed import.
+"""DKernel's interface on these kernels: all that `import dkernel` offers, after a changed import.
 
     from s2_kernels.dkernel import LocalStrideSparseAttention, SparseAttention
+    from s2_kernels.dkernel import combine_attn_partitions, get_sparse_attn_mask
 
-The interface is that of github.com/linxihui/dkernel at commit 65cd47c: its README and dkernel/interface.py;
-for padding ops/sparse_attn_inference.py, for the log-sum-exp ops/sparse_attn_fwd.py. What differs: forward
-only, causal only, mistakes raise ValueError, a past may be of any length under any number of queries, and the
-log-sum-exp is returned for packed and padded inputs too.
+The interface is that of github.com/linxihui/dkernel at commit 0d4e90e: its README, dkernel/interface.py and
+`get_sparse_attn_mask` of dkernel/utils.py; for padding ops/sparse_attn_inference.py, for the log-sum-exp
+ops/sparse_attn_fwd.py. What differs: forward only, mistakes raise ValueError, a past may be of any length
+under any number of queries, the log-sum-exp is returned for packed and padded inputs too, those may be
+non-causal as well, and a query without keys gets zeros. The helpers of dkernel/utils.py that prepare
+DKernel's own kernels are not here.
 """
 
 from __future__ import annotations
@@ -16,16 +19,25 @@ from functools import lru_cache
 import torch
 
 from s2_kernels.attention import attend, check_shapes
+from s2_kernels.contiguous.partitions import combine_attn_partitions
 from s2_kernels.contiguous.sequences import Span, batch_spans, packed_spans
-from s2_kernels.masks import BlockMask, dense_heads
+from s2_kernels.dkernel_masks import get_sparse_attn_mask
+from s2_kernels.masks import BlockMask
 from s2_kernels.pattern import S2Pattern
+
+__all__ = [
+    "LocalStrideSparseAttention",
+    "SparseAttention",
+    "combine_attn_partitions",
+    "get_sparse_attn_mask",
+]
 
 _MIN_BLOCK_SIZE = 16
 _MIN_SEQ_MULTIPLE = 64
 
 
 class SparseAttention(torch.nn.Module):
-    """Causal attention with an arbitrary block mask, per head or one for all."""
+    """Attention with an arbitrary block mask, per head or one for all."""
 
     def __init__(
         self,
@@ -44,10 +56,13 @@ class SparseAttention(torch.nn.Module):
 
         Args:
             block_size: tokens per block, a power of two of at least 16.
-            sparse_pattern: boolean or integer (nonzero: attends) [blocks, blocks] or [heads, blocks, blocks]
-                (query, key), lower triangular. Its heads are 1, the KV heads or the query heads of the
-                inputs. One that is not KV-efficient gets a warning. Or a `BlockMask` of that block size.
-            causal: must be true.
+            sparse_pattern: of any dtype (nonzero: attends), [query blocks, key blocks] or [heads, query
+                blocks, key blocks]. Its heads are 1, the KV heads or the query heads of the inputs. Or a
+                `BlockMask` of that block size, which knows whether it is causal.
+            causal: whether a token attends to no later one. The pattern is then lower triangular; with fewer
+                query blocks than key blocks the queries are the last ones. One that is not KV-efficient gets
+                a warning. If false, the first query is in the first row of blocks, whatever keys there are;
+                but a single query to which a square pattern is applied is the last token, as when decoding.
             seq_dim: dimension of the tokens in 4-D inputs, 1 (the default) or 2.
             block_m, block_n, d_splits, inference: accepted for DKernel's sake. They tune its kernels; these
                 choose their tiles themselves.
@@ -55,17 +70,15 @@ class SparseAttention(torch.nn.Module):
 
         Raises:
             ValueError: an argument has a wrong shape, dtype or value; the message names it.
-            NotImplementedError: `causal` is false; the kernels never look at later keys.
         """
         super().__init__()
-        _check_causal(causal)
         _check_sizes(block_size, block_m, block_n)
         if seq_dim not in (None, 1, 2):
             raise ValueError(f"seq_dim: {seq_dim}, expected None, 1 or 2")
-        self.mask = _block_mask(sparse_pattern, block_size)
+        self.mask = _block_mask(sparse_pattern, block_size, causal)
         self.pattern: S2Pattern | None = None
         self.block_size = block_size
-        self.max_seqlen = self.mask.max_tokens
+        self.max_seqlen = max(self.mask.num_query_blocks, self.mask.num_blocks) * block_size
         self.seq_dim = seq_dim
         self.out = out
 
@@ -85,7 +98,8 @@ class SparseAttention(torch.nn.Module):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Attention of a batch: equally long sequences, packed ones, or padded ones.
 
-        The queries of a sequence are its last tokens; the keys before them are a past.
+        The queries of a sequence are its last tokens; the keys before them are a past. (If not causal, see
+        `causal` above.)
 
         Args:
             q, k, v: [batch, tokens, heads, head_size], or [batch, heads, tokens, head_size] with seq_dim 2,
@@ -122,15 +136,15 @@ class SparseAttention(torch.nn.Module):
         batch, num_queries, num_keys = q.shape[0], q.shape[1], k.shape[1]
         out = None if self.out is None else self._tokens_first(self.out)
         if is_packed:
-            spans = _packed_spans(num_queries, num_keys, cu_seqlen_q, cu_seqlen_k)
+            spans = _packed_spans(num_queries, num_keys, cu_seqlen_q, cu_seqlen_k, self.mask.is_causal)
         elif left_paddings is not None or seqlens is not None:
             spans = _padded_spans(batch, num_queries, num_keys, left_paddings, seqlens)
             out = torch.zeros_like(q) if out is None else out.zero_()
         else:
-            spans = batch_spans(batch, num_queries, num_keys)
+            spans = batch_spans(batch, num_queries, num_keys, causal=self.mask.is_causal)
         longest = max((span.num_keys for span in spans), default=0)
-        if longest > self.max_seqlen:
-            raise ValueError(f"k: a sequence of {longest} tokens, expected at most {self.max_seqlen}")
+        if longest > self.mask.max_tokens:
+            raise ValueError(f"k: a sequence of {longest} tokens, expected at most {self.mask.max_tokens}")
         pattern = self._pattern_for(q.shape[2], k.shape[2])
         out, lse = attend(q, k, v, pattern, spans, scale=sm_scale, out=out, return_lse=return_lse)
         if is_packed:
@@ -154,7 +168,7 @@ class SparseAttention(torch.nn.Module):
 
 
 class LocalStrideSparseAttention(SparseAttention):
-    """Causal attention with the local-stride pattern of S2-Attention (arXiv 2407.17678, section 3)."""
+    """Attention with the local-stride pattern of S2-Attention (arXiv 2407.17678, section 3)."""
 
     def __init__(
         self,
@@ -181,7 +195,9 @@ class LocalStrideSparseAttention(SparseAttention):
 
         KV head h attends to every older block j with (j + h * step + head_sliding_offset) mod vert_stride
         == 0, step = max(1, vert_stride // num_heads): the query heads decide the step, as in
-        `S2Pattern.build`.
+        `S2Pattern.build`. If not causal, a query block attends to those nearer than `local_blocks` to either
+        side, and to one in `vert_stride` of the others, counted from the edges of that window; every head
+        alike, as `get_sparse_attn_mask` says.
 
         Args:
             num_heads: query heads.
@@ -199,9 +215,7 @@ class LocalStrideSparseAttention(SparseAttention):
 
         Raises:
             ValueError: an argument has a wrong value; the message names it.
-            NotImplementedError: `causal` is false; the kernels never look at later keys.
         """
-        _check_causal(causal)
         _check_sizes(block_size, block_m, block_n)
         if max_seq_len < 1:
             raise ValueError(f"max_seq_len: {max_seq_len}, expected a positive integer")
@@ -211,7 +225,9 @@ class LocalStrideSparseAttention(SparseAttention):
             raise ValueError(f"num_dense_heads: {num_dense_heads}, expected 0 with homo_head")
         multiple = max(block_size, block_m or 1, block_n or 1, _MIN_SEQ_MULTIPLE)
         max_seq_len = -(-max_seq_len // multiple) * multiple
-        mask, pattern = _local_stride(
+        head_range = None if homo_head or active_head_range is None else tuple(active_head_range)
+        make_mask = _local_stride if causal else _local_stride_both_ways
+        mask, pattern = make_mask(
             num_heads,
             num_kv_heads,
             max_seq_len // block_size,
@@ -221,7 +237,7 @@ class LocalStrideSparseAttention(SparseAttention):
             homo_head,
             num_dense_heads,
             head_sliding_offset,
-            None if homo_head or active_head_range is None else tuple(active_head_range),
+            head_range,
         )
         super().__init__(
             block_size,
@@ -244,32 +260,28 @@ class LocalStrideSparseAttention(SparseAttention):
         self.num_dense_heads = num_dense_heads
 
 
-def _check_causal(causal: bool) -> None:
-    # Refused and not ignored: the kernels never look at later keys.
-    if not causal:
-        raise NotImplementedError("causal: False, expected True: non-causal attention is not supported")
-
-
 def _check_sizes(block_size: int, block_m: int | None, block_n: int | None) -> None:
     for name, size in (("block_size", block_size), ("block_m", block_m), ("block_n", block_n)):
         if size is not None and (size < _MIN_BLOCK_SIZE or size & (size - 1)):
             raise ValueError(f"{name}: {size}, expected a power of two of at least {_MIN_BLOCK_SIZE}")
 
 
-def _block_mask(sparse_pattern: torch.Tensor | BlockMask, block_size: int) -> BlockMask:
+def _block_mask(sparse_pattern: torch.Tensor | BlockMask, block_size: int, causal: bool) -> BlockMask:
     if isinstance(sparse_pattern, BlockMask):
         if sparse_pattern.block_size != block_size:
             raise ValueError(
                 f"block_size: {block_size}, expected {sparse_pattern.block_size} as in sparse_pattern"
             )
+        if sparse_pattern.is_causal != causal:
+            raise ValueError(f"causal: {causal}, expected {sparse_pattern.is_causal} as in sparse_pattern")
         return sparse_pattern
-    if sparse_pattern.dim() not in (2, 3) or sparse_pattern.shape[-1] != sparse_pattern.shape[-2]:
-        raise ValueError(
-            f"sparse_pattern: shape {tuple(sparse_pattern.shape)}, expected [blocks, blocks] or "
-            "[heads, blocks, blocks]"
-        )
+    if sparse_pattern.dim() not in (2, 3) or (causal and sparse_pattern.shape[-2] > sparse_pattern.shape[-1]):
+        expected = "[query blocks, key blocks] or [heads, query blocks, key blocks]"
+        if causal:
+            expected += ", with at most as many query blocks as key blocks"
+        raise ValueError(f"sparse_pattern: shape {tuple(sparse_pattern.shape)}, expected {expected}")
     per_head = sparse_pattern[None] if sparse_pattern.dim() == 2 else sparse_pattern
-    return BlockMask.from_dense(per_head != 0, block_size)
+    return BlockMask.from_dense(per_head != 0, block_size, causal=causal)
 
 
 @lru_cache(maxsize=16)
@@ -288,13 +300,10 @@ def _local_stride(
     """One mask for all heads with `homo_head`, else one for each query head in `head_range`; and the heads'
     S2 pattern, unless some are dense or the range cuts the query heads of a KV head apart.
     """
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(f"num_kv_heads: {num_kv_heads}, expected a divisor of num_heads ({num_heads})")
-    head_range = head_range or (0, num_heads)
-    first, end = head_range[0], head_range[-1]
-    if len(head_range) != 2 or not 0 <= first < end <= num_heads:
-        raise ValueError(f"active_head_range: {head_range}, expected a part of [0, {num_heads})")
+    first, end = _check_head_range(num_heads, num_kv_heads, head_range)
     distinct = 1 if homo_head else num_kv_heads
+    if not 0 <= num_dense_heads <= distinct:
+        raise ValueError(f"num_dense_heads: {num_dense_heads}, expected a value in [0, {distinct}]")
     of_kv_heads = S2Pattern.build(
         distinct,
         distinct,
@@ -304,15 +313,64 @@ def _local_stride(
         head_sliding_step=max(1, vert_stride // num_heads),
         head_sliding_offset=head_sliding_offset,
     )
-    dense = of_kv_heads.block_mask(num_blocks) | dense_heads(distinct, num_blocks, num_dense_heads)
-    mask = BlockMask.from_dense(dense, block_size)
+    everything = S2Pattern(block_size, num_blocks, 1, (0,), 1)
+    masks = BlockMask.of_heads([BlockMask.from_pattern(p, num_blocks) for p in (of_kv_heads, everything)])
+    num_sparse = distinct - num_dense_heads
     rows = [head * distinct // num_heads for head in range(first, end)]
+    mask = masks.select([row if row < num_sparse else distinct for row in ([0] if homo_head else rows)])
     group = num_heads // num_kv_heads
     pattern = None
     if not num_dense_heads and first % group == end % group == 0:
         residues = tuple(of_kv_heads.residues[row] for row in rows)
         pattern = S2Pattern(block_size, local_blocks, vert_stride, residues, len(rows) // group)
-    return mask if homo_head else mask.select(rows), pattern
+    return mask, pattern
+
+
+@lru_cache(maxsize=16)
+def _local_stride_both_ways(
+    num_heads: int,
+    num_kv_heads: int,
+    num_blocks: int,
+    block_size: int,
+    local_blocks: int,
+    vert_stride: int,
+    homo_head: bool,
+    num_dense_heads: int,
+    head_sliding_offset: int,
+    head_range: tuple[int, ...] | None,
+) -> tuple[BlockMask, None]:
+    """The mask of attention that is not causal: one for all heads, or for each query head in `head_range`."""
+    first, end = _check_head_range(num_heads, num_kv_heads, head_range)
+    _, dense, _ = get_sparse_attn_mask(
+        num_heads,
+        num_blocks * block_size,
+        block_size,
+        local_blocks,
+        vert_stride,
+        homo_head=homo_head,
+        num_kv_heads=num_kv_heads,
+        num_dense_heads=num_dense_heads,
+        head_sliding_offset=head_sliding_offset,
+        dtype=torch.bool,
+        device="cpu",
+        causal=False,
+    )
+    if len(dense) > 1:
+        dense = dense[first:end]
+    return BlockMask.from_dense(dense, block_size, causal=False), None
+
+
+def _check_head_range(
+    num_heads: int, num_kv_heads: int, head_range: tuple[int, ...] | None
+) -> tuple[int, int]:
+    """The first of the query heads, and the one after the last."""
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads: {num_kv_heads}, expected a divisor of num_heads ({num_heads})")
+    head_range = head_range or (0, num_heads)
+    first, end = head_range[0], head_range[-1]
+    if len(head_range) != 2 or not 0 <= first < end <= num_heads:
+        raise ValueError(f"active_head_range: {head_range}, expected a part of [0, {num_heads})")
+    return first, end
 
 
 def _split(
@@ -342,7 +400,11 @@ def _refuse(q: torch.Tensor, expected: str, **arguments: torch.Tensor | None) ->
 
 
 def _packed_spans(
-    num_queries: int, num_keys: int, cu_seqlen_q: torch.Tensor | None, cu_seqlen_k: torch.Tensor | None
+    num_queries: int,
+    num_keys: int,
+    cu_seqlen_q: torch.Tensor | None,
+    cu_seqlen_k: torch.Tensor | None,
+    causal: bool,
 ) -> tuple[Span, ...]:
     """Spans of packed inputs; without `cu_seqlen_q`, of one query per sequence or of all tokens."""
     if cu_seqlen_k is None:
@@ -358,7 +420,7 @@ def _packed_spans(
                 f"cu_seqlen_q: None, expected where each sequence's queries start: {num_queries} queries are "
                 f"neither one for each of {num_sequences} sequences nor as many as keys ({num_keys})"
             )
-    return packed_spans(cu_seqlen_q, cu_seqlen_k, num_queries, num_keys)
+    return packed_spans(cu_seqlen_q, cu_seqlen_k, num_queries, num_keys, causal=causal)
 
 
 def _padded_spans(

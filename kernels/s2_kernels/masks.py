@@ -5,112 +5,255 @@ diagonal block token causality applies). Masks compose with `|`, and a mask with
 
     pattern.block_mask(n) | sink_blocks(n, 1) | dense_heads(32, n, 1, num_kv_heads=8)
 
-`BlockMask` is what attention takes: such a mask, of any origin, in CSR form with its block size.
+`BlockMask` is what attention takes: such a mask, of any origin, in sparse form with its block size. It also
+has masks of attention that is not causal, and of fewer query blocks than key blocks.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
-from s2_kernels.pattern import S2Pattern, first_returning_block
+from s2_kernels.pattern import S2Pattern
+
+_CHUNK = 1 << 22
+"""Block pairs that are looked at together: bounds the memory of intermediate results."""
 
 
 @dataclass(frozen=True, eq=False)
 class BlockMask:
-    """Per-head block masks as compressed sparse rows.
+    """Per-head block masks. A row of one is given by two runs of lists that rows and heads share.
+
+    The rows of an S2 pattern are parts of one list for the window and of one for each residue: the mask of a
+    million tokens takes a few megabytes. An arbitrary mask has a run of its own for every row (CSR).
 
     Attributes:
         block_size: tokens per block, a power of two.
-        crow: int32 [heads, blocks + 1], where each query block's key blocks start in `col`.
-        col: int32 [heads, most key blocks of a head], key blocks in ascending order; -1 after the last.
+        num_blocks: key blocks.
+        lists: int32 [entries], key blocks.
+        runs: int64 [masks, query blocks, 2, 2], for each row two runs, of which either may be empty: the
+            first entry in `lists`, and the one after the last. Key blocks ascend, in the second run from the
+            first's.
+        mask_of_head: for each head, its index in `runs`.
+        is_causal: whether a token attends to no later one. Query block i is then as old as key block i.
+        first_row: the first query block that the mask knows; rows before it are empty. 0 if not causal.
     """
 
     block_size: int
-    crow: torch.Tensor
-    col: torch.Tensor
+    num_blocks: int
+    lists: torch.Tensor
+    runs: torch.Tensor
+    mask_of_head: tuple[int, ...]
+    is_causal: bool
+    first_row: int
 
     @classmethod
-    def from_dense(cls, mask: torch.Tensor, block_size: int) -> BlockMask:
-        """The CSR form of a mask.
+    def from_dense(cls, mask: torch.Tensor, block_size: int, *, causal: bool = True) -> BlockMask:
+        """A mask given block pair by block pair.
 
-        A mask that is not KV-efficient (arXiv 2407.17678, section 3.2) is fine for attention over contiguous
-        keys, but could not be served from a cache that evicts: it gets a warning.
+        A causal mask that is not KV-efficient (arXiv 2407.17678, section 3.2) is fine for attention over
+        contiguous keys, but could not be served from a cache that evicts: it gets a warning.
 
         Args:
-            mask: bool [heads, blocks, blocks] (query, key), lower triangular.
+            mask: bool [heads, query blocks, key blocks].
             block_size: tokens per block, a power of two.
+            causal: whether a token attends to no later one. If so the mask is lower triangular; with fewer
+                query blocks than key blocks its rows are the last ones of such a mask. If not, its rows start
+                with that of the first query.
 
         Raises:
             ValueError: an argument has a wrong shape, dtype or value, or the mask is not causal.
         """
+        if mask.dtype != torch.bool or mask.dim() != 3 or (causal and mask.shape[1] > mask.shape[2]):
+            expected = "torch.bool [heads, query blocks, at least as many key blocks]"
+            if not causal:
+                expected = "torch.bool [heads, query blocks, key blocks]"
+            raise ValueError(f"mask: {mask.dtype} {tuple(mask.shape)}, expected {expected}")
+        return cls._from_rows(*_key_blocks_of_rows(mask.cpu()), mask.shape[2], block_size, causal)
+
+    @classmethod
+    def from_csr(
+        cls,
+        crow: torch.Tensor,
+        col: torch.Tensor,
+        block_size: int,
+        *,
+        num_blocks: int | None = None,
+        causal: bool = True,
+    ) -> BlockMask:
+        """A mask given as compressed sparse rows, which need memory for the attended block pairs only.
+
+        Args:
+            crow: integers [heads, query blocks + 1], where each query block's key blocks start in `col`.
+            col: integers [heads, at least as many as a head's key blocks], ascending in each row.
+            block_size, causal: as in `from_dense`; the same warning.
+            num_blocks: key blocks; None for as many as query blocks.
+
+        Raises:
+            ValueError: an argument has a wrong shape or value, or the mask is not causal.
+        """
+        if crow.dim() != 2 or col.dim() != 2 or len(crow) != len(col) or crow.shape[1] < 1:
+            raise ValueError(
+                f"crow: shape {tuple(crow.shape)}, expected [heads, query blocks + 1] for col's shape "
+                f"{tuple(col.shape)}"
+            )
+        crow, col = crow.cpu().long(), col.cpu()
+        counts = crow.diff()
+        if (crow[:, 0] != 0).any() or (counts < 0).any() or (crow[:, -1] > col.shape[1]).any():
+            raise ValueError(f"crow: {crow.tolist()}, expected ascending values from 0 to {col.shape[1]}")
+        num_blocks = counts.shape[1] if num_blocks is None else num_blocks
+        if causal and counts.shape[1] > num_blocks:
+            raise ValueError(
+                f"crow: {counts.shape[1]} query blocks, expected at most as many as key blocks ({num_blocks})"
+            )
+        lists = torch.cat([row[: int(end)].int() for row, end in zip(col, crow[:, -1], strict=True)])
+        _check_ascending(lists, counts, num_blocks)
+        return cls._from_rows(lists, counts, num_blocks, block_size, causal)
+
+    @classmethod
+    def _from_rows(
+        cls, lists: torch.Tensor, counts: torch.Tensor, num_blocks: int, block_size: int, causal: bool
+    ) -> BlockMask:
+        """The mask whose rows have `counts` [heads, query blocks] key blocks each, one after the other."""
         if block_size < 1 or block_size & (block_size - 1):
             raise ValueError(f"block_size: {block_size}, expected a power of two")
-        if mask.dtype != torch.bool or mask.dim() != 3 or mask.shape[1] != mask.shape[2]:
-            raise ValueError(
-                f"mask: {mask.dtype} {tuple(mask.shape)}, expected torch.bool [heads, blocks, blocks]"
-            )
-        mask = mask.cpu()
-        for head, blocks in enumerate(mask):
-            future = blocks.triu(1).nonzero()
-            if len(future):
-                query, key = future[0].tolist()
-                raise ValueError(
-                    f"mask: query block {query} of head {head} attends to the later key block {key}, "
-                    "expected a causal (lower triangular) mask"
-                )
-        _warn_unless_kv_efficient(mask)
-        return cls(block_size, *_to_csr(mask))
+        heads, query_blocks = counts.shape
+        first_row = num_blocks - query_blocks if causal else 0
+        ends = counts.flatten().cumsum(0).view_as(counts)
+        runs = torch.zeros(heads, first_row + query_blocks, 2, 2, dtype=torch.int64, device="cpu")
+        runs[:, first_row:, 1] = torch.stack([ends - counts, ends], dim=-1)
+        if causal:
+            _check_causal(lists, runs[:, :, 1])
+            _warn_unless_kv_efficient(lists, runs[:, first_row:, 1], num_blocks)
+        return cls(block_size, num_blocks, lists, runs, tuple(range(heads)), causal, first_row)
 
     @classmethod
     def from_pattern(cls, pattern: S2Pattern, num_blocks: int) -> BlockMask:
         """The S2 pattern of `num_blocks` blocks, one mask per query head."""
         distinct = sorted(set(pattern.residues))
-        shared = S2Pattern(
-            pattern.block_size, pattern.local_blocks, pattern.vert_stride, tuple(distinct), len(distinct)
-        )
-        rows = cls(pattern.block_size, *_to_csr(shared.block_mask(num_blocks)))
-        return rows.select([distinct.index(residue) for residue in pattern.residues])
+        query = _range(num_blocks)
+        window_starts = (query - pattern.local_blocks + 1).clamp(min=0)
+        runs = torch.empty(len(distinct), num_blocks, 2, 2, dtype=torch.int64, device="cpu")
+        runs[:, :, 1] = torch.stack([window_starts, query + 1], dim=-1)
+        lists = [query]
+        first_entry = num_blocks
+        for of_residue, residue in zip(runs[:, :, 0], distinct, strict=True):
+            lists.append(query[residue :: pattern.vert_stride])
+            # How many of them are older than the window.
+            older = -((residue - window_starts) // pattern.vert_stride)
+            of_residue[:, 0] = first_entry
+            of_residue[:, 1] = first_entry + older.clamp(min=0)
+            first_entry += len(lists[-1])
+        mask_of_head = tuple(distinct.index(residue) for residue in pattern.residues)
+        return cls(pattern.block_size, num_blocks, torch.cat(lists).int(), runs, mask_of_head, True, 0)
+
+    @classmethod
+    def of_heads(cls, masks: Sequence[BlockMask]) -> BlockMask:
+        """The heads of several causal masks of as many blocks of the same size, one after the other.
+
+        Raises:
+            ValueError: the masks do not go together.
+        """
+        facts = {(mask.block_size, mask.num_blocks, mask.is_causal, mask.first_row) for mask in masks}
+        if len(facts) != 1:
+            raise ValueError(
+                f"masks: (block size, blocks, causal, first row) {sorted(facts)}, expected the same of all"
+            )
+        runs, mask_of_head = [], []
+        num_entries = num_masks = 0
+        for mask in masks:
+            runs.append(mask.runs + num_entries)
+            mask_of_head += [num_masks + index for index in mask.mask_of_head]
+            num_entries += len(mask.lists)
+            num_masks += len(mask.runs)
+        lists = torch.cat([mask.lists for mask in masks])
+        return replace(masks[0], lists=lists, runs=torch.cat(runs), mask_of_head=tuple(mask_of_head))
 
     @property
     def num_heads(self) -> int:
-        """Heads that have a mask of their own."""
-        return self.crow.shape[0]
+        """Heads that have a mask."""
+        return len(self.mask_of_head)
 
     @property
-    def num_blocks(self) -> int:
-        """Query blocks, and key blocks."""
-        return self.crow.shape[1] - 1
+    def num_query_blocks(self) -> int:
+        """Query blocks, known or not."""
+        return self.runs.shape[1]
 
     @property
     def max_tokens(self) -> int:
-        """The longest sequence that the mask covers."""
+        """The longest sequence of keys that the mask covers."""
         return self.num_blocks * self.block_size
+
+    @property
+    def crow(self) -> torch.Tensor:
+        """int32 [heads, known query blocks + 1], where each query block's key blocks start in `col`.
+
+        Made when asked for, like `col`: both are as large as the number of block pairs, which the mask itself
+        need not be. int64 where there are too many for int32.
+        """
+        counts = self._runs_of_heads().diff(dim=-1).sum(dim=(2, 3))
+        crow = torch.nn.functional.pad(counts.cumsum(dim=1), (1, 0))
+        return crow if (crow >= 2**31).any() else crow.int()
+
+    @property
+    def col(self) -> torch.Tensor:
+        """int32 [heads, most key blocks of a head], key blocks in ascending order; -1 after the last."""
+        rows = [self.lists[_entries(runs.flatten(0, 1))] for runs in self._runs_of_heads()]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+
+    def _runs_of_heads(self) -> torch.Tensor:
+        return self.runs[list(self.mask_of_head), self.first_row :]
 
     def select(self, heads: Sequence[int]) -> BlockMask:
         """The masks of `heads`, in that order; a head may be repeated."""
-        index = torch.tensor(heads, dtype=torch.int64, device=self.crow.device)
-        return BlockMask(self.block_size, self.crow[index], self.col[index])
+        chosen = [self.mask_of_head[head] for head in heads]
+        distinct = sorted(set(chosen))
+        mask_of_head = tuple(distinct.index(index) for index in chosen)
+        return replace(self, runs=self.runs[distinct], mask_of_head=mask_of_head)
 
     def to_dense(self, num_blocks: int | None = None) -> torch.Tensor:
-        """bool [heads, blocks, blocks] (query, key), of the first `num_blocks` blocks."""
-        size = self.num_blocks if num_blocks is None else num_blocks
-        if size > self.num_blocks:
+        """bool [heads, known query blocks, key blocks], of the first `num_blocks` blocks."""
+        if num_blocks is None:
+            return self.dense_rows(self.first_row, self.num_query_blocks)
+        if num_blocks > self.num_blocks:
             raise ValueError(f"num_blocks: {num_blocks}, expected at most {self.num_blocks}")
-        dense = torch.zeros(self.num_heads, size, size, dtype=torch.bool, device=self.col.device)
-        for head in range(self.num_heads):
-            counts = self.crow[head].diff()[:size]
-            query = torch.arange(size, device=counts.device).repeat_interleave(counts)
-            dense[head, query, self.col[head, : len(query)].long()] = True
-        return dense
+        end = min(num_blocks, self.num_query_blocks)
+        return self.dense_rows(min(self.first_row, end), end)[..., :num_blocks]
+
+    def dense_rows(self, first: int, end: int) -> torch.Tensor:
+        """bool [heads, end - first, key blocks]: the rows of query blocks `first` to `end` - 1."""
+        dense = torch.zeros(len(self.runs), end - first, self.num_blocks, dtype=torch.bool, device="cpu")
+        for rows, runs in zip(dense, self.runs[:, first:end], strict=True):
+            counts = runs.diff(dim=-1).sum(dim=(1, 2))
+            query = _range(end - first).repeat_interleave(counts)
+            rows[query, self.lists[_entries(runs.flatten(0, 1))].long()] = True
+        return dense[list(self.mask_of_head)]
+
+    def token_mask(self, first: int, num_queries: int, num_keys: int) -> torch.Tensor:
+        """What some queries attend to, token by token.
+
+        Args:
+            first: position of the first query.
+            num_queries: consecutive queries.
+            num_keys: keys, from the first one on.
+
+        Returns:
+            bool [heads, num_queries, num_keys].
+        """
+        positions = first + _range(num_queries)[:, None]
+        keys = _range(num_keys)
+        first_block = first // self.block_size
+        blocks = self.dense_rows(first_block, -(-(first + num_queries) // self.block_size))
+        visible = blocks[:, positions // self.block_size - first_block, keys // self.block_size]
+        return visible & (keys <= positions) if self.is_causal else visible
 
 
 def pattern_block_mask(pattern: S2Pattern, max_tokens: int) -> BlockMask:
-    """The CSR form of a pattern for sequences of up to `max_tokens` tokens, made once.
+    """The mask of a pattern for sequences of up to `max_tokens` tokens, made once.
 
     The number of blocks is a power of two, so that growing sequences seldom need a new one.
     """
@@ -125,13 +268,14 @@ def _pattern_block_mask(pattern: S2Pattern, num_blocks: int) -> BlockMask:
 
 def local_window(num_blocks: int, local_blocks: int) -> torch.Tensor:
     """The `local_blocks` newest blocks, the query's own included: bool [1, num_blocks, num_blocks]."""
-    distance = _distance(num_blocks)
-    return ((distance >= 0) & (distance < local_blocks))[None]
+    query, key = _query_and_key(num_blocks)
+    return ((key <= query) & (key > query - local_blocks))[None]
 
 
 def sink_blocks(num_blocks: int, num_sinks: int) -> torch.Tensor:
     """The first `num_sinks` blocks, always (arXiv 2309.17453): bool [1, num_blocks, num_blocks]."""
-    return ((_distance(num_blocks) >= 0) & (_range(num_blocks) < num_sinks))[None]
+    query, key = _query_and_key(num_blocks)
+    return ((key <= query) & (key < num_sinks))[None]
 
 
 def dense_heads(
@@ -155,7 +299,8 @@ def dense_heads(
         raise ValueError(f"num_dense: {num_dense}, expected a value in [0, {num_kv_heads}]")
     kv_head = _range(num_heads) // (num_heads // num_kv_heads)
     is_dense = kv_head >= num_kv_heads - num_dense
-    return is_dense[:, None, None] & (_distance(num_blocks) >= 0)
+    query, key = _query_and_key(num_blocks)
+    return is_dense[:, None, None] & (key <= query)
 
 
 def range_strides(
@@ -196,20 +341,19 @@ def range_strides(
     if step is None:
         step = max(1, max(stride for _, stride in ranges) // num_heads)
     shift = _range(num_heads)[:, None, None] * step + head_sliding_offset
-    distance = _distance(num_blocks)
-    mask = torch.zeros(num_heads, num_blocks, num_blocks, dtype=torch.bool, device=distance.device)
+    query, key = _query_and_key(num_blocks)
+    mask = torch.zeros(num_heads, num_blocks, num_blocks, dtype=torch.bool, device="cpu")
     nearest = 0
     for blocks, stride in ranges:
         end = num_blocks if blocks is None else nearest + blocks
-        mask |= (distance >= nearest) & (distance < end) & ((_range(num_blocks) + shift) % stride == 0)
+        mask |= (key <= query - nearest) & (key > query - end) & ((key + shift) % stride == 0)
         nearest = end
     return mask
 
 
-def _distance(num_blocks: int) -> torch.Tensor:
-    """int64 [num_blocks, num_blocks], query block - key block."""
-    blocks = _range(num_blocks)
-    return blocks[:, None] - blocks
+def _query_and_key(num_blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query blocks [num_blocks, 1] and key blocks [num_blocks]. To compare them needs no third matrix."""
+    return _range(num_blocks)[:, None], _range(num_blocks)
 
 
 def _range(size: int) -> torch.Tensor:
@@ -217,24 +361,82 @@ def _range(size: int) -> torch.Tensor:
     return torch.arange(size, device="cpu")
 
 
-def _to_csr(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    crow = torch.zeros(mask.shape[0], mask.shape[1] + 1, dtype=torch.int32, device=mask.device)
-    crow[:, 1:] = mask.sum(dim=2).cumsum(dim=1)
-    most = int(crow[:, -1].max()) if crow.numel() else 0
-    col = torch.full((mask.shape[0], most), -1, dtype=torch.int32, device=mask.device)
-    for row, blocks in zip(col, mask, strict=True):
-        keys = blocks.nonzero()[:, 1]
-        row[: len(keys)] = keys
-    return crow, col
+def _entries(runs: torch.Tensor) -> torch.Tensor:
+    """int64: the entries of [runs, 2] (first, end), one run after the other."""
+    lengths = runs[:, 1] - runs[:, 0]
+    before = lengths.cumsum(0) - lengths
+    return _range(int(lengths.sum())) + (runs[:, 0] - before).repeat_interleave(lengths)
 
 
-def _warn_unless_kv_efficient(mask: torch.Tensor) -> None:
-    for head in range(mask.shape[0]):
-        returning = first_returning_block(mask[head : head + 1])
-        if returning is not None:
+def _key_blocks_of_rows(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The key blocks of all rows of all heads, int32, and how many there are: int64 [heads, query blocks]."""
+    rows = mask.flatten(0, 1)
+    lists = torch.empty(int(mask.count_nonzero()), dtype=torch.int32, device="cpu")
+    counts = []
+    start = 0
+    for some_rows in rows.split(max(1, _CHUNK // max(1, rows.shape[1]))):
+        query, key = some_rows.nonzero(as_tuple=True)
+        lists[start : start + len(key)] = key
+        counts.append(query.bincount(minlength=len(some_rows)))
+        start += len(key)
+    return lists, torch.cat(counts).view(mask.shape[:2])
+
+
+def _check_ascending(lists: torch.Tensor, counts: torch.Tensor, num_blocks: int) -> None:
+    """Raise ValueError unless the rows, of `counts` [heads, query blocks] entries, ascend."""
+    starts_row = torch.zeros(len(lists) + 1, dtype=torch.bool, device="cpu")
+    starts_row[counts.flatten().cumsum(0) - counts.flatten()] = True
+    is_wrong = (lists < 0) | (lists >= num_blocks)
+    is_wrong[1:] |= (lists[1:] <= lists[:-1]) & ~starts_row[1:-1]
+    if is_wrong.any():
+        entry = int(is_wrong.nonzero()[0])
+        row = int(torch.searchsorted(counts.flatten().cumsum(0), entry, right=True))
+        head, query = divmod(row, counts.shape[1])
+        raise ValueError(
+            f"col: {int(lists[entry])} for query block {query} of head {head}, expected ascending values in "
+            f"[0, {num_blocks})"
+        )
+
+
+def _check_causal(lists: torch.Tensor, runs: torch.Tensor) -> None:
+    """Raise ValueError when a row, of entries `runs` [heads, query blocks, 2], has a later key block."""
+    first, end = runs.unbind(dim=-1)
+    last = torch.cat([lists, lists.new_zeros(1)])[end - 1]
+    future = ((end > first) & (last > _range(runs.shape[1]))).nonzero()
+    if len(future):
+        head, query = future[0].tolist()
+        keys = lists[slice(*runs[head, query].tolist())]
+        raise ValueError(
+            f"mask: query block {query} of head {head} attends to the later key block "
+            f"{int(keys[keys > query][0])}, expected a causal (lower triangular) mask"
+        )
+
+
+def _warn_unless_kv_efficient(lists: torch.Tensor, runs: torch.Tensor, num_blocks: int) -> None:
+    """Warn of the first key block that leaves the set of a head and returns.
+
+    Args:
+        lists: int32, key blocks.
+        runs: int64 [heads, query blocks, 2], the entries of each row; the last rows of a causal mask.
+        num_blocks: key blocks.
+    """
+    first_row = num_blocks - runs.shape[1]
+    # A key block that does not return is attended to from here on, until it is dropped.
+    since = _range(num_blocks).clamp(min=first_row)
+    for head, row_ends in enumerate(runs[..., 1].contiguous()):
+        times, last = torch.zeros(2, num_blocks, dtype=torch.int64, device="cpu")
+        end = int(row_ends[-1]) if len(row_ends) else 0
+        for first in range(int(runs[head, 0, 0]) if end else 0, end, _CHUNK):
+            entries = torch.arange(first, min(first + _CHUNK, end), device="cpu")
+            key = lists[entries].long()
+            times += key.bincount(minlength=num_blocks)
+            query = first_row + torch.searchsorted(row_ends, entries, right=True)
+            last.scatter_reduce_(0, key, query, "amax")
+        returning = ((times > 0) & (times != last - since + 1)).nonzero()
+        if len(returning):
             warnings.warn(
-                f"this mask is not KV-efficient: key block {returning[1]} leaves the set of head {head} and "
-                "returns, so no cache may free what a head has dropped",
-                stacklevel=3,
+                f"this mask is not KV-efficient: key block {int(returning[0])} leaves the set of head {head} "
+                "and returns, so no cache may free what a head has dropped",
+                stacklevel=4,
             )
             return

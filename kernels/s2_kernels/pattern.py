@@ -28,6 +28,9 @@ PatternHeads = Literal["kv", "query"]
 MAX_VERT_STRIDE = 2**16
 """A super-block counts its tokens in 32 bits, and each head has a table of the stride's length."""
 
+_CHUNK = 1 << 22
+"""Block pairs that are looked at together: bounds the memory of intermediate results."""
+
 
 @dataclass(frozen=True)
 class S2Pattern:
@@ -170,7 +173,7 @@ class S2Pattern:
 
         query = torch.arange(num_blocks, device="cpu")[:, None]
         key = torch.arange(num_blocks, device="cpu")[None, :]
-        window = query - key < self.local_blocks
+        window = key > query - self.local_blocks
         strided = key % self.vert_stride == torch.tensor(self.residues, device="cpu")[:, None, None]
         return (window | strided) & (key <= query)
 
@@ -254,16 +257,18 @@ def first_returning_block(block_mask: torch.Tensor) -> tuple[int, int] | None:
     Args:
         block_mask: bool [num_heads, query blocks, key blocks], lower triangular.
     """
-    import torch
-
     if block_mask.dim() != 3 or block_mask.shape[1] != block_mask.shape[2]:
         raise ValueError(f"block_mask: shape {tuple(block_mask.shape)}, expected [heads, blocks, blocks]")
-    blocks = block_mask.shape[1]
-    causal = torch.ones(blocks, blocks, dtype=torch.bool, device=block_mask.device).tril()
-    dropped = ((~block_mask) & causal).cumsum(dim=1) > 0
-    returning = (block_mask & dropped & causal).any(dim=1)
-    first = returning.nonzero()
-    return None if len(first) == 0 else (int(first[0, 0]), int(first[0, 1]))
+    heads, blocks, _ = block_mask.shape
+    returning = block_mask.new_zeros(heads, blocks)
+    chunk = max(1, _CHUNK // max(1, heads * blocks))
+    for first in range(0, blocks - 1, chunk):
+        end = min(first + chunk, blocks - 1)
+        earlier, later = block_mask[:, first:end], block_mask[:, first + 1 : end + 1]
+        # A block that returns does so from one query block to the next, of which the earlier could have it.
+        returning |= (later & ~earlier).tril(first).any(dim=1)
+    found = returning.nonzero()
+    return None if len(found) == 0 else (int(found[0, 0]), int(found[0, 1]))
 
 
 def _check_positive(name: str, value: int) -> None:

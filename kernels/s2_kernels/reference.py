@@ -10,6 +10,7 @@ import torch
 from s2_kernels.layout import TierLayout
 from s2_kernels.paged.requests import PagedRequests
 from s2_kernels.pattern import S2Pattern
+from s2_kernels.weighted_sum import weighted_sum
 
 
 def token_mask(pattern: S2Pattern, positions: torch.Tensor, context_len: int) -> torch.Tensor:
@@ -64,7 +65,7 @@ def masked_attention(
     v = v.float().repeat_interleave(q.shape[1] // v.shape[1], dim=1)
     weights = _masked_logits(q, k, mask, scale).softmax(dim=-1)
     weights = weights.masked_fill(~mask.any(dim=-1, keepdim=True), 0.0)
-    return torch.einsum("hqk,khd->qhd", weights, v).to(q.dtype)
+    return weighted_sum(weights, mask, v.transpose(0, 1)).transpose(0, 1).to(q.dtype)
 
 
 def masked_log_sum_exp(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:

@@ -123,3 +123,31 @@ def softmax_step(logits, v, acc, row_max, row_sum, scale_log2):
     decay = tl.exp2(row_max - new_max)
     acc = tl.dot(weights.to(v.dtype), v, acc * decay[:, None], input_precision="ieee")
     return acc, new_max, row_sum * decay + tl.sum(weights, 1)
+
+
+@triton.jit
+def masked_softmax_step(logits, visible, v, acc, row_max, row_sum, scale_log2, ISOLATE: tl.constexpr):
+    """`softmax_step` for the rows and keys of `visible` [BLOCK_M, BLOCK_N or 1].
+
+    ISOLATE: what is not finite in `v` reaches only the rows that attend to it. Otherwise it reaches all of
+    them, since a weight of zero times NaN or infinity is NaN.
+    """
+    logits = tl.where(visible, logits, float("-inf"))
+    if ISOLATE:
+        finite = tl.where(v - v == 0.0, v, 0.0)
+        acc, row_max, row_sum = softmax_step(logits, finite, acc, row_max, row_sum, scale_log2)
+        # What attends to infinities gets them, or NaN where both meet, of which NaN has one each.
+        attends = tl.where(visible, tl.full(logits.shape, 1.0, tl.float16), 0.0)
+        up = tl.dot(attends, ((v == float("inf")) | (v != v)).to(tl.float16))
+        acc = tl.where(up > 0.0, acc + float("inf"), acc)
+        down = tl.dot(attends, ((v == float("-inf")) | (v != v)).to(tl.float16))
+        acc = tl.where(down > 0.0, acc + float("-inf"), acc)
+    else:
+        acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, scale_log2)
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def has_nan(tile):
+    """Whether an element of `tile` [BLOCK_M, HEAD_PADDED] is NaN."""
+    return tl.max(tl.max((tile != tile).to(tl.int32), 1), 0) > 0

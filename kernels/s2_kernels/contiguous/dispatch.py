@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 import torch
 
 from s2_kernels import hopper
-from s2_kernels.contiguous.sequences import Span, longest
+from s2_kernels.contiguous.sequences import Span, first_position, longest
 from s2_kernels.launch import limits
 from s2_kernels.launch.choice import Impl, choose
 from s2_kernels.launch.cuda_graphs import hold_for_graph
@@ -82,10 +82,13 @@ def _attend_by_reference(
     from s2_kernels.reference import block_token_mask, masked_attention, masked_log_sum_exp
 
     for span in spans:
-        size = -(-span.num_keys // pattern.block_size)
-        blocks = pattern.block_mask(size) if isinstance(pattern, S2Pattern) else pattern.to_dense(size)
-        positions = torch.arange(span.num_keys - span.num_queries, span.num_keys, device=q.device)
-        mask = block_token_mask(blocks.to(q.device), pattern.block_size, positions, span.num_keys)
+        if isinstance(pattern, BlockMask):
+            mask = pattern.token_mask(first_position(span, pattern), span.num_queries, span.num_keys)
+            mask = mask.to(q.device)
+        else:
+            blocks = pattern.block_mask(-(-span.num_keys // pattern.block_size)).to(q.device)
+            positions = torch.arange(span.num_keys - span.num_queries, span.num_keys, device=q.device)
+            mask = block_token_mask(blocks, pattern.block_size, positions, span.num_keys)
         mask = mask.repeat_interleave(q.shape[2] // mask.shape[0], dim=0)
         rows = slice(span.query_start, span.query_start + span.num_queries)
         keys = slice(span.key_start, span.key_start + span.num_keys)

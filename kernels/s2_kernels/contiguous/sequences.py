@@ -6,9 +6,11 @@ from typing import NamedTuple
 
 import torch
 
+from s2_kernels.masks import BlockMask
+
 
 class Span(NamedTuple):
-    """One sequence: its queries are the last of its tokens, the keys before them are a past.
+    """One sequence. In causal attention its queries are the last of its tokens, the keys before them a past.
 
     Attributes:
         batch: index in the first dimension of q, k and v.
@@ -23,15 +25,33 @@ class Span(NamedTuple):
     num_keys: int
 
 
-def batch_spans(batch: int, num_queries: int, num_keys: int) -> tuple[Span, ...]:
+def first_position(span: Span, mask: BlockMask) -> int:
+    """The position of a sequence's first query, which says in what row of `mask` it is.
+
+    The queries are the last tokens. Of a mask that is not causal they are the first ones, or have no place
+    among the keys at all; but a single query is the last token there as well if there is a row for each key
+    block.
+    """
+    if mask.is_causal:
+        return span.num_keys - span.num_queries
+    is_last = span.num_queries == 1 and mask.num_query_blocks == mask.num_blocks
+    return max(0, span.num_keys - 1) if is_last else 0
+
+
+def batch_spans(batch: int, num_queries: int, num_keys: int, *, causal: bool = True) -> tuple[Span, ...]:
     """The spans of [batch, tokens, ...] tensors whose sequences all have the same length."""
-    if num_queries > num_keys:
+    if causal and num_queries > num_keys:
         raise ValueError(f"q: {num_queries} queries, expected at most as many as keys ({num_keys})")
     return tuple(Span(n, 0, num_queries, 0, num_keys) for n in range(batch))
 
 
 def packed_spans(
-    cu_seqlens_q: torch.Tensor, cu_seqlens_k: torch.Tensor, num_queries: int, num_keys: int
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    num_queries: int,
+    num_keys: int,
+    *,
+    causal: bool = True,
 ) -> tuple[Span, ...]:
     """The spans of sequences packed one after the other, in [1, tokens, ...] tensors.
 
@@ -39,6 +59,7 @@ def packed_spans(
         cu_seqlens_q, cu_seqlens_k: [sequences + 1], where each starts, and the total. They are needed on the
             host: on a GPU, reading them waits for it.
         num_queries, num_keys: tokens of q, and of k and v.
+        causal: whether a sequence's queries are its last tokens, and so no more than its keys.
 
     Raises:
         ValueError: they do not fit together or the tensors; the message names the value.
@@ -57,7 +78,7 @@ def packed_spans(
         for n in range(len(q_starts) - 1)
     )
     for n, span in enumerate(spans):
-        if span.num_queries > span.num_keys:
+        if causal and span.num_queries > span.num_keys:
             raise ValueError(
                 f"cu_seqlens_q: sequence {n} has {span.num_queries} queries, expected at most as many as "
                 f"keys ({span.num_keys})"
