@@ -125,9 +125,13 @@ def attend_tiles(
         visible = is_key[None, :]
         if NUM_KEPT > 1:
             tile_rank = first_token // BLOCK_SIZE % NUM_KEPT
-            visible = visible & (in_window | (row_ranks == tile_rank))[:, None]
+            attends = (in_window | (row_ranks == tile_rank))[:, None]
+            visible = visible & attends
         logits = tl.where(visible, query_key(queries, k), float("-inf"))
+        last_acc = acc
         acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, scale_log2)
+        if NUM_KEPT > 1:  # a weight of zero would not keep another head's NaN away
+            acc = tl.where(attends, acc, last_acc)
     return acc, row_max, row_sum
 
 

@@ -18,9 +18,11 @@ from s2_kernels.paged.requests import UNALIGNED, PagedRequests
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.tiles import (
     first_tile,
+    has_nan,
     load_kv,
     load_kv_where,
     load_tile_where,
+    masked_softmax_step,
     query_key,
     softmax_step,
 )
@@ -54,36 +56,26 @@ def edge_token(n, num_old, old_first, causal_first, BLOCK_N: tl.constexpr):
     return tl.where(n < num_old, old_first + n, causal_first + n - num_old) * BLOCK_N
 
 
-@triton.jit(
-    do_not_specialize=["num_requests", "window_table_stride", "strided_table_stride"],
-    do_not_specialize_on_alignment=UNALIGNED,
-)
-def paged_prefill_fwd_kernel(
-    q,  # [tokens, num_heads, head_size]
-    window_cache,  # [pages, num_kv_heads, page_slots, 2 * head_size]
+@triton.jit
+def attend_rows(
+    first_row,  # of BLOCK_M, among the request's queries
+    query_len,
+    context_len,
+    q,  # the head's part of the request's first query
+    window_cache,  # first page of the KV head
     strided_cache,
-    window_table,  # [requests, pages]
+    window_table,  # the request's row
     strided_table,
-    query_start_loc,  # [requests + 1]
-    seq_lens,  # [requests]
-    residues,  # [num_heads]
-    ranks,  # [num_heads]
+    residue,
+    rank,
     out,  # as q
     scale_log2,
-    num_requests,
-    q_stride_token: tl.int64,
-    q_stride_head: tl.int64,
-    window_stride_page: tl.int64,
-    window_stride_head: tl.int64,
-    window_stride_slot: tl.int64,
-    strided_stride_page: tl.int64,
-    strided_stride_head: tl.int64,
-    strided_stride_slot: tl.int64,
-    window_table_stride: tl.int64,
-    strided_table_stride: tl.int64,
-    out_stride_token: tl.int64,
-    out_stride_head: tl.int64,
-    GROUP_SIZE: tl.constexpr,
+    q_stride_token,
+    window_stride_page,
+    window_stride_slot,
+    strided_stride_page,
+    strided_stride_slot,
+    out_stride_token,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     PAGE_SLOTS: tl.constexpr,
@@ -93,25 +85,13 @@ def paged_prefill_fwd_kernel(
     NUM_KEPT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ISOLATE: tl.constexpr,
 ):
-    """Program (h, -t): query head h, query tile t; late tiles, which have more keys, start first."""
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    request = request_of_tile(query_start_loc, tile, num_requests, BLOCK_M)
-    query_start = tl.load(query_start_loc + request)
-    query_len = tl.load(query_start_loc + request + 1) - query_start
-    first_row = (tile - first_tile_of(query_start, request, BLOCK_M)) * BLOCK_M
-    if first_row >= query_len:
-        return
+    """Attention of BLOCK_M queries of a request; whether a result is NaN.
 
-    head = tl.program_id(0)
-    kv_head = (head // GROUP_SIZE).to(tl.int64)
-    window_cache += kv_head * window_stride_head
-    strided_cache += kv_head * strided_stride_head
-    window_table += request.to(tl.int64) * window_table_stride
-    strided_table += request.to(tl.int64) * strided_table_stride
-
+    ISOLATE: values that are not finite reach only the queries that attend to them. Slower, for small tiles.
+    """
     # Rows past the last query repeat it, so that no row of the tile is without keys.
-    context_len = tl.load(seq_lens + request) - query_len
     rows = first_row + tl.arange(0, BLOCK_M)
     is_row = rows < query_len
     last_position = context_len + tl.minimum(first_row + BLOCK_M, query_len) - 1
@@ -120,9 +100,7 @@ def paged_prefill_fwd_kernel(
     first_block = (context_len + first_row) // BLOCK_SIZE
     last_block = last_position // BLOCK_SIZE
 
-    tokens = (query_start + rows).to(tl.int64)
-    q_rows = q + tokens * q_stride_token + head.to(tl.int64) * q_stride_head
-    queries = load_tile_where(q_rows, is_row, HEAD_SIZE, HEAD_PADDED)
+    queries = load_tile_where(q + rows.to(tl.int64) * q_stride_token, is_row, HEAD_SIZE, HEAD_PADDED)
     acc = tl.zeros((BLOCK_M, HEAD_PADDED), tl.float32)
     row_max = tl.full((BLOCK_M,), -1e30, tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -131,8 +109,6 @@ def paged_prefill_fwd_kernel(
     # would take pipeline stages of its own.
 
     # Strided blocks older than the window: of all rows, then of the last rows only.
-    residue = tl.load(residues + head)
-    rank = tl.load(ranks + head)
     TILES: tl.constexpr = BLOCK_SIZE // BLOCK_N
     tiles_all = tl.maximum(first_block - LOCAL_BLOCKS - residue + VERT_STRIDE, 0) // VERT_STRIDE * TILES
     tiles_any = tl.maximum(last_block - LOCAL_BLOCKS - residue + VERT_STRIDE, 0) // VERT_STRIDE * TILES
@@ -172,8 +148,9 @@ def paged_prefill_fwd_kernel(
         page = tl.load(strided_table + next_token // PAGE_SLOTS)
         block_start = (n // TILES * VERT_STRIDE + residue) * BLOCK_SIZE
         is_older = block_start < window_starts
-        logits = tl.where(is_older[:, None], query_key(queries, k), float("-inf"))
-        acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, scale_log2)
+        acc, row_max, row_sum = masked_softmax_step(
+            query_key(queries, k), is_older[:, None], v, acc, row_max, row_sum, scale_log2, ISOLATE
+        )
 
     # The part of the window that every row sees, then its old and its causal edge.
     window_first = tl.maximum(first_block - LOCAL_BLOCKS + 1, 0)
@@ -222,19 +199,151 @@ def paged_prefill_fwd_kernel(
         next_token = edge_token(tl.minimum(n + 1, num_edge - 1), num_old, old_first, causal_first, BLOCK_N)
         page = tl.load(window_table + next_token // PAGE_SLOTS)
         visible = (keys[None, :] >= window_starts[:, None]) & (keys[None, :] <= positions[:, None])
-        logits = tl.where(visible, query_key(queries, k), float("-inf"))
-        acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, scale_log2)
+        acc, row_max, row_sum = masked_softmax_step(
+            query_key(queries, k), visible, v, acc, row_max, row_sum, scale_log2, ISOLATE
+        )
 
     dims = tl.arange(0, HEAD_PADDED)[None, :]
-    out_rows = out + tokens * out_stride_token + head.to(tl.int64) * out_stride_head
+    out_rows = out + rows.to(tl.int64) * out_stride_token
     result = (acc / row_sum[:, None]).to(out.dtype.element_ty)
     tl.store(out_rows[:, None] + dims, result, mask=is_row[:, None] & (dims < HEAD_SIZE))
+    return has_nan(acc)
+
+
+@triton.jit(
+    do_not_specialize=["num_requests", "window_table_stride", "strided_table_stride"],
+    do_not_specialize_on_alignment=UNALIGNED,
+)
+def paged_prefill_fwd_kernel(
+    q,  # [tokens, num_heads, head_size]
+    window_cache,  # [pages, num_kv_heads, page_slots, 2 * head_size]
+    strided_cache,
+    window_table,  # [requests, pages]
+    strided_table,
+    query_start_loc,  # [requests + 1]
+    seq_lens,  # [requests]
+    residues,  # [num_heads]
+    ranks,  # [num_heads]
+    out,  # as q
+    scale_log2,
+    num_requests,
+    q_stride_token: tl.int64,
+    q_stride_head: tl.int64,
+    window_stride_page: tl.int64,
+    window_stride_head: tl.int64,
+    window_stride_slot: tl.int64,
+    strided_stride_page: tl.int64,
+    strided_stride_head: tl.int64,
+    strided_stride_slot: tl.int64,
+    window_table_stride: tl.int64,
+    strided_table_stride: tl.int64,
+    out_stride_token: tl.int64,
+    out_stride_head: tl.int64,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    PAGE_SLOTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
+    VERT_STRIDE: tl.constexpr,
+    NUM_KEPT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_TILE: tl.constexpr,
+):
+    """Program (h, -t): query head h, query tile t; late tiles, which have more keys, start first."""
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    request = request_of_tile(query_start_loc, tile, num_requests, BLOCK_M)
+    query_start = tl.load(query_start_loc + request)
+    query_len = tl.load(query_start_loc + request + 1) - query_start
+    first_row = (tile - first_tile_of(query_start, request, BLOCK_M)) * BLOCK_M
+    if first_row >= query_len:
+        return
+
+    head = tl.program_id(0)
+    kv_head = (head // GROUP_SIZE).to(tl.int64)
+    window_cache += kv_head * window_stride_head
+    strided_cache += kv_head * strided_stride_head
+    window_table += request.to(tl.int64) * window_table_stride
+    strided_table += request.to(tl.int64) * strided_table_stride
+
+    context_len = tl.load(seq_lens + request) - query_len
+    residue = tl.load(residues + head)
+    rank = tl.load(ranks + head)
+    q += query_start.to(tl.int64) * q_stride_token + head.to(tl.int64) * q_stride_head
+    out += query_start.to(tl.int64) * out_stride_token + head.to(tl.int64) * out_stride_head
+    is_nan = attend_rows(
+        first_row,
+        query_len,
+        context_len,
+        q,
+        window_cache,
+        strided_cache,
+        window_table,
+        strided_table,
+        residue,
+        rank,
+        out,
+        scale_log2,
+        q_stride_token,
+        window_stride_page,
+        window_stride_slot,
+        strided_stride_page,
+        strided_stride_slot,
+        out_stride_token,
+        HEAD_SIZE,
+        HEAD_PADDED,
+        PAGE_SLOTS,
+        BLOCK_SIZE,
+        LOCAL_BLOCKS,
+        VERT_STRIDE,
+        NUM_KEPT,
+        BLOCK_M,
+        BLOCK_N,
+        ISOLATE=False,
+    )
+    # In a product, a value that is NaN or infinite reaches every row of its tile, attending or not.
+    if is_nan:
+        tl.debug_barrier()
+        for row in tl.range(first_row, tl.minimum(first_row + BLOCK_M, query_len), MIN_TILE, num_stages=1):
+            attend_rows(
+                row,
+                query_len,
+                context_len,
+                q,
+                window_cache,
+                strided_cache,
+                window_table,
+                strided_table,
+                residue,
+                rank,
+                out,
+                scale_log2,
+                q_stride_token,
+                window_stride_page,
+                window_stride_slot,
+                strided_stride_page,
+                strided_stride_slot,
+                out_stride_token,
+                HEAD_SIZE,
+                HEAD_PADDED,
+                PAGE_SLOTS,
+                BLOCK_SIZE,
+                LOCAL_BLOCKS,
+                VERT_STRIDE,
+                NUM_KEPT,
+                MIN_TILE,
+                MIN_TILE,
+                ISOLATE=True,
+            )
 
 
 def prefill_config(head_padded: int, block_size: int, dtype: torch.dtype) -> dict[str, int]:
     """Tile shapes and launch options. Tiles of keys stay within a block."""
     if dtype == torch.float32:  # multiplied without tensor cores: small tiles, or registers spill
         defaults = {"BLOCK_M": 32, "BLOCK_N": MIN_DOT_SIZE, "num_warps": 8, "num_stages": 2}
+        # The loops that isolate rows would use more registers than the others, and fewer programs would fit.
+        defaults["maxnreg"] = 80 if head_padded <= 128 else 128
     elif head_padded > 128:
         defaults = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
     else:
@@ -280,5 +389,6 @@ def paged_prefill(
         LOCAL_BLOCKS=local_blocks(pattern),
         VERT_STRIDE=pattern.vert_stride,
         NUM_KEPT=pattern.num_kept,
+        MIN_TILE=MIN_DOT_SIZE,
         **config,
     )

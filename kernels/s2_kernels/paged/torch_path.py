@@ -19,6 +19,7 @@ import torch
 from s2_kernels.layout import HeadTables, TierLayout
 from s2_kernels.paged.requests import PagedRequests
 from s2_kernels.pattern import S2Pattern
+from s2_kernels.weighted_sum import weighted_sum
 
 _GATHER_BYTES = 4 << 20
 _LOGITS_BYTES = 32 << 20
@@ -158,6 +159,13 @@ class _Span(NamedTuple):
         """Groups of query heads that read the same keys."""
         return self.pool.shape[1] * self.pool.shape[3]
 
+    def visible(self, first: int, end: int) -> torch.Tensor:
+        """bool [groups or 1, queries, end - first]: which of these keys a query attends to."""
+        mask = self.mask.flatten(0, 1)
+        shared = mask.new_ones(*mask.shape[:2], max(0, min(end, self.num_shared) - first))
+        masked = mask[..., max(0, first - self.num_shared) : max(0, end - self.num_shared)]
+        return torch.cat([shared, masked], dim=-1)
+
 
 def _strided_span(
     cache: torch.Tensor,
@@ -246,7 +254,25 @@ def _attend(
     q = (q.to(scratch.computed.dtype) * scale).transpose(0, 1)[members.heads]
     weights = _logits(q, spans, pattern, scratch).softmax(dim=-1)
 
-    out = torch.zeros_like(q)
+    out = _weighted_values(weights, spans, head_size, scratch, isolate=False)
+    if out.isnan().any():
+        out = _weighted_values(weights, spans, head_size, scratch, isolate=True)
+    return out[members.place].transpose(0, 1)
+
+
+def _weighted_values(
+    weights: torch.Tensor, spans: tuple[_Span, _Span], head_size: int, scratch: _Scratch, *, isolate: bool
+) -> torch.Tensor:
+    """The weighted sums of the values of all spans: [members, queries, head_size].
+
+    Args:
+        weights: [members, queries, keys], 0 where masked.
+        spans: of the two tiers.
+        head_size: elements of a value.
+        scratch: buffers.
+        isolate: whether NaN and infinities are to reach only the queries that attend to them. Slower.
+    """
+    out = weights.new_zeros(*weights.shape[:2], head_size)
     start = 0
     for span in spans:
         by_group = weights.view(span.num_groups, -1, weights.shape[-1])
@@ -255,9 +281,14 @@ def _attend(
         for first, values in scratch.gather(span.pool[..., head_size:], span.pages):
             end = first + values.shape[1]
             _clear_unread(values, unread, first - span.num_shared)
-            accumulator.baddbmm_(by_group[..., start + first : start + end], values)
+            of_values = by_group[..., start + first : start + end]
+            if isolate:
+                visible = span.visible(first, end).repeat(1, of_values.shape[1] // weights.shape[1], 1)
+                accumulator += weighted_sum(of_values, visible, values)
+            else:
+                accumulator.baddbmm_(of_values, values)
         start += span.num_keys
-    return out[members.place].transpose(0, 1)
+    return out
 
 
 def _logits(
