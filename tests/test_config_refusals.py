@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import vllm
 from transformers import CONFIG_MAPPING
-from vllm.config.model import try_match_architecture_defaults
+from transformers.configuration_utils import ALLOWED_LAYER_TYPES
+from vllm.config.model import iter_architecture_defaults, try_match_architecture_defaults
 from vllm.model_executor.models import registry
+from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from s2_vllm.config import S2ConfigError
 from s2_vllm.config_refusals import check_hf_config
@@ -61,6 +63,56 @@ def test_architectures_are_what_vllm_takes_them_for() -> None:
             assert refusal(HFConfig(config, config)) == expected, name
 
 
+def test_ends_of_names_are_what_vllm_takes_them_for() -> None:
+    for suffix, (runner_type, _) in iter_architecture_defaults():
+        config = SimpleNamespace(architectures=[f"Some{suffix}"])
+        expected = "runs as a pooling model" if runner_type == "pooling" else None
+        assert refusal(HFConfig(config, config)) == expected
+
+
+RECURRENT = "has layers with a recurrent state"
+LAYER_TYPES = {
+    "full_attention": None,
+    "attention": None,
+    "sliding_attention": None,
+    "dense": None,
+    "sparse": None,
+    "moe": None,
+    "conv": RECURRENT,
+    "hybrid": RECURRENT,
+    "hybrid_sliding": RECURRENT,
+    "linear_attention": RECURRENT,
+    "mamba": RECURRENT,
+    "mamba2": RECURRENT,
+    "recurrent": RECURRENT,
+    "chunked_attention": "has layers of type chunked_attention (layer_types)",
+    "indexed_attention": "has layers of type indexed_attention (layer_types)",
+    "minimax_m3_sparse": "has layers of type minimax_m3_sparse (layer_types)",
+    "window_attention": "has layers of type window_attention (layer_types)",
+    "compressed_sparse_attention": "has layers of type compressed_sparse_attention (layer_types)",
+    "heavily_compressed_attention": "has layers of type heavily_compressed_attention (layer_types)",
+}
+
+
+def test_every_layer_type_of_transformers_is_known() -> None:
+    assert LAYER_TYPES.keys() >= set(ALLOWED_LAYER_TYPES)
+
+
+@pytest.mark.parametrize(("layer_type", "fact"), LAYER_TYPES.items())
+def test_layer_types(layer_type: str, fact: str | None) -> None:
+    config = SimpleNamespace(architectures=["LlamaForCausalLM"], layer_types=["full_attention", layer_type])
+    assert refusal(HFConfig(config, config)) == fact
+
+
+@pytest.mark.parametrize("model_type", ["bagel", "gemma3", "molmo2", "moondream3", "paligemma", "llava"])
+def test_types_whose_images_see_one_another(model_type: str) -> None:
+    config = SimpleNamespace(architectures=["SomeForConditionalGeneration"], model_type=model_type)
+    expected = ModelArchConfigConvertorBase(config, config).is_mm_prefix_lm()
+    assert expected == (model_type != "llava")
+    fact = "attends to images in both directions (is_mm_prefix_lm)"
+    assert refusal(HFConfig(config, config)) == (fact if expected else None)
+
+
 @pytest.mark.parametrize(
     ("keys", "fact"),
     [
@@ -76,6 +128,10 @@ def test_architectures_are_what_vllm_takes_them_for() -> None:
         ({"canvas_length": 32}, "is a diffusion model (canvas_length)"),
         ({"is_causal": False}, "attends in both directions (is_causal: false)"),
         ({"is_causal": None}, "attends in both directions (is_causal: false)"),
+        (
+            {"use_bidirectional_attention": "vision"},
+            "attends to images in both directions (is_mm_prefix_lm)",
+        ),
         ({"use_bidirectional_attention": True}, "attends in both directions (use_bidirectional_attention)"),
         ({"block_configs": [{}]}, "has layers of several shapes"),
         ({"is_heterogeneous": True}, "has layers of several shapes"),
