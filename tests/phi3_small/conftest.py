@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+import s2_vllm
 from tests.phi3_small.checkpoints import save_checkpoint
 
 if TYPE_CHECKING:
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plugin() -> None:
+    """transformers knows the model in any order of the tests; an engine would load the plugin as well."""
+    s2_vllm.register()
 
 
 @pytest.fixture(scope="session")
