@@ -67,9 +67,9 @@ def _run(module: str, processes: int) -> tuple[int, list[str]]:
     file = _file(module)
     tests = [TESTS[module]]
     runner.preload(tests)
-    timeout = 20 + 5 * runner.seconds(tests)
+    limit = 10 + round(5 * runner.processor_seconds(tests))
     made = mutants(module, file.read_text())
-    left = [str(mutant) for mutant in runner.survivors(made, file, tests, timeout, processes)]
+    left = [str(mutant) for mutant in runner.survivors(made, file, tests, limit, processes)]
     minutes = (time.monotonic() - start) / 60
     print(f"{module}: {len(made) - len(left)} of {len(made)} killed in {minutes:.1f} minutes", flush=True)
     return len(made), left

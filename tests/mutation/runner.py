@@ -6,6 +6,7 @@ import importlib
 import os
 import resource
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -15,6 +16,7 @@ from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import CodeType
+from typing import Any
 
 import pytest
 from hypothesis import Phase, settings
@@ -47,15 +49,14 @@ def preload(tests: Sequence[str]) -> None:
                 importlib.import_module(name)
 
 
-def seconds(tests: Sequence[str]) -> float:
-    """How long `tests` take on the code as it is, once all is loaded."""
-    start = time.monotonic()
-    _wait(_fork(lambda: _pytest(tests)))
-    return time.monotonic() - start
+def processor_seconds(tests: Sequence[str]) -> float:
+    """What `tests` take on the code as it is, once all is loaded."""
+    _, _, usage = os.wait4(_fork(lambda: _pytest(tests)), 0)
+    return usage.ru_utime + usage.ru_stime
 
 
 def survivors(
-    mutants: Iterable[Mutant], file: Path, tests: Sequence[str], timeout: float, processes: int
+    mutants: Iterable[Mutant], file: Path, tests: Sequence[str], limit: int, processes: int
 ) -> Iterator[Mutant]:
     """Those of one module's mutants that `tests` do not tell from the original.
 
@@ -63,7 +64,7 @@ def survivors(
         mutants: of the module.
         file: the module's source file.
         tests: what pytest runs.
-        timeout: seconds of wall-clock time after which a mutant counts as killed.
+        limit: seconds of processor time after which a mutant counts as killed; for one that waits, minutes.
         processes: how many run at a time.
     """
     waiting = iter(mutants)
@@ -71,8 +72,8 @@ def survivors(
     try:
         while True:
             while len(running) < processes and (mutant := next(waiting, None)) is not None:
-                pid = _fork(lambda mutant=mutant: _mutated(mutant, file, tests))
-                running[pid] = (mutant, time.monotonic() + timeout)
+                pid = _fork(lambda mutant=mutant: _mutated(mutant, file, tests, limit))
+                running[pid] = (mutant, time.monotonic() + 60 * limit)
             if not running:
                 return
             for mutant, code in _ended(running):
@@ -88,20 +89,21 @@ def survivors(
 
 
 def _ended(running: dict[int, tuple[Mutant, float]]) -> Iterator[tuple[Mutant, int]]:
-    """Mutants that have ended, with their exit codes; those whose time is over are killed."""
+    """Mutants that have ended, with their exit codes; those whose time is over are ended."""
     for pid, (mutant, deadline) in list(running.items()):
-        overdue = time.monotonic() > deadline
-        if overdue:
-            print(f"Killed by the time limit:\n{mutant}\n", flush=True)
+        if is_overdue := time.monotonic() > deadline:
             os.killpg(pid, signal.SIGKILL)
-        code = _wait(pid, 0 if overdue else os.WNOHANG)
+        code = _wait(pid, 0 if is_overdue else os.WNOHANG)
         if code is not None:
             del running[pid]
+            if code in (-signal.SIGXCPU, -signal.SIGKILL):
+                print(f"Killed by the time limit:\n{mutant}\n", flush=True)
             yield mutant, code
 
 
-def _mutated(mutant: Mutant, file: Path, tests: Sequence[str]) -> int:
+def _mutated(mutant: Mutant, file: Path, tests: Sequence[str], limit: int) -> int:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
     sys.meta_path.insert(0, _Finder(mutant, file))
     return _pytest(tests)
 
@@ -113,11 +115,21 @@ def _pytest(tests: Sequence[str], imported: Path | None = None) -> int:
         "mutants", derandomize=True, deadline=None, database=None, phases=[Phase.explicit, Phase.generate]
     )
     settings.load_profile("mutants")
+    subprocess.Popen = _Popen
     with tempfile.TemporaryDirectory() as folder:
         code = pytest.main(["-xq", "-p", "no:cacheprovider", f"--basetemp={folder}/files", *tests])
     if imported:
         imported.write_text("\n".join(name for name in sys.modules if name.partition(".")[0] not in OURS))
     return code
+
+
+class _Popen(subprocess.Popen[Any]):
+    """Skips the test that starts another Python: it would import the original, and take its time."""
+
+    def __init__(self, args: Any, *others: Any, **options: Any) -> None:
+        if not isinstance(args, str) and next(iter(args), None) == sys.executable:
+            pytest.skip("another process does not see the mutant")
+        super().__init__(args, *others, **options)
 
 
 class _Finder:
