@@ -18,10 +18,10 @@ def expected_attention(
     """What attention with a block mask must give.
 
     Args:
-        q: [queries, num_heads, head_size], the last tokens of the sequence; if not causal the first ones,
-            except that one query of a square mask is the last token.
+        q: [queries, num_heads, head_size], the last tokens of the sequence. If not causal, of the rows from
+            the first on, or of the last token's if it is one query and the mask is square.
         k, v: [keys, num_kv_heads, head_size].
-        blocks: bool [heads, query blocks, key blocks], of as many heads as divide num_heads; if causal the
+        blocks: bool [heads, query blocks, key blocks], of as many heads as divide num_heads. If causal the
             query blocks are the last ones.
         block_size: tokens per block.
         scale: factor on the logits.

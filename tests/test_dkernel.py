@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +23,7 @@ from s2_kernels.dkernel import (
 from tests.contiguous import expected_attention, random_causal_mask
 from tests.paged import DEVICE, TOLERANCES
 
+README = Path(__file__).parent.parent / "README.md"
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK = 4, 2, 24, 16
 DTYPE = torch.float16
 SCALE = HEAD_SIZE**-0.5
@@ -458,7 +462,7 @@ def test_a_chunk_of_queries_with_all_keys_before_it() -> None:
 @pytest.mark.parametrize("seq_dim", [1, 2])
 @pytest.mark.parametrize("ring", [True, False], ids=["ring", "two-parts"])
 def test_parts_of_the_keys_combine_to_the_whole(ring: bool, seq_dim: int, homo_head: bool) -> None:
-    """Sequence parallelism: each chunk of queries meets the keys in parts, only the last of them causal."""
+    """Sequence parallelism: a chunk of queries meets the keys in parts, of which only the last is causal."""
     chunk, chunks = 3 * BLOCK, 3
     q, k, v = random_batch(2, chunk * chunks, chunk * chunks, kv_heads=HEADS)
     results, any_empty = [], False
@@ -563,6 +567,19 @@ def test_examples_of_dkernels_readme() -> None:
     attn.to(DEVICE)
     output = attn(q, k, v, sm_scale=0.008)
     check_sequence(attn, q[1, 470:], k[1], v[1], output[1, 470:], scale=0.008)
+
+
+def test_library_examples_of_our_readme() -> None:
+    """They run as they stand; the last one computes, in two parts, what the first pattern gives at once."""
+    section = README.read_text().split("## Without vLLM")[1].split("\n## ")[0]
+    examples = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    for example in examples:
+        exec(example, names)
+    whole = names["s2_attention"](*(names[name] for name in ("q", "k", "v", "pattern")))
+    tolerance = TOLERANCES[torch.float32]
+    torch.testing.assert_close(names["out"], whole[:, 768:], atol=tolerance, rtol=tolerance)
+    assert len(examples) == 3
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both-ways"])

@@ -195,7 +195,7 @@ torch.testing.assert_close(out, q, atol=1e-2, rtol=0)
 
 
 def test_a_dense_mask_is_not_copied_to_a_wider_type() -> None:
-    """64 MiB of block pairs, an eighth of them attended to: twice for the mask, and its sparse form."""
+    """64 MiB of block pairs: a few of them while the mask is made, and its sparse form."""
     program = """
 mask = S2Pattern.build(1, 1, block_size=16, local_blocks=2).block_mask(8192)
 BlockMask.from_dense(mask | local_window(8192, 3) | sink_blocks(8192, 1), 16)

@@ -1,9 +1,8 @@
 """NaN and infinities reach the queries that attend to them, and no others.
 
-They are put into the queries, keys and values of some tokens. A token is in the set of some rows of a tile
-and not in that of others: it is dropped by the later ones, it is later than the earlier ones, or its block
-belongs to another head. What is expected is computed row by row, from the keys that the row attends to and
-nothing else.
+They are put into the queries, keys and values of some tokens. Of the rows of a tile some attend to such a
+token and others do not: later rows have dropped its block, it is later than the earlier rows, or its block is
+of another head. What is expected is computed row by row, from the keys that the row attends to and no others.
 """
 
 from __future__ import annotations
@@ -26,10 +25,7 @@ from tests.gluon_emulator import emulated_prefill
 from tests.paged import DEVICE, TOLERANCES, Geometry, PagedBatch, build_batch
 
 NAN, INF = float("nan"), float("inf")
-HOPPER_SPREADS_VALUES = (
-    "a value that is NaN or infinite reaches the other queries of a tile of 128, where the tile crosses the "
-    "edge of the window or the diagonal"
-)
+HOPPER_SPREADS_VALUES = "a value that is NaN or infinite reaches all queries of a tile that share its block"
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 24
 TOKENS = 150
 

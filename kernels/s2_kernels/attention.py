@@ -29,8 +29,8 @@ def s2_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Sparsely-Sharded attention (arXiv 2407.17678, section 3), forward only.
 
-    The queries of a sequence are its last tokens: with fewer queries than keys the rest is a past. (A block
-    mask that is not causal has the first query in its first row of blocks.) A query whose set is empty, as an
+    The queries of a sequence are its last tokens: with fewer queries than keys the rest is a past. (With a
+    block mask that is not causal they start with the mask's first row.) A query whose set is empty, as an
     arbitrary mask can have it, gets zeros. A call can be captured in a CUDA graph after one with the same
     lengths, which makes its tables, and with `cu_seqlens` on the CPU.
 

@@ -6,9 +6,8 @@
 The interface is that of github.com/linxihui/dkernel at commit 0d4e90e: its README, dkernel/interface.py and
 `get_sparse_attn_mask` of dkernel/utils.py; for padding ops/sparse_attn_inference.py, for the log-sum-exp
 ops/sparse_attn_fwd.py. What differs: forward only, mistakes raise ValueError, a past may be of any length
-under any number of queries, the log-sum-exp is returned for packed and padded inputs too, those may be
-non-causal as well, and a query without keys gets zeros. The helpers of dkernel/utils.py that prepare
-DKernel's own kernels are not here.
+under any number of queries, a query without keys gets zeros, and packed and padded inputs may be non-causal
+and return the log-sum-exp too. The helpers of dkernel/utils.py for DKernel's own kernels are not here.
 """
 
 from __future__ import annotations
@@ -56,13 +55,13 @@ class SparseAttention(torch.nn.Module):
 
         Args:
             block_size: tokens per block, a power of two of at least 16.
-            sparse_pattern: of any dtype (nonzero: attends), [query blocks, key blocks] or [heads, query
-                blocks, key blocks]. Its heads are 1, the KV heads or the query heads of the inputs. Or a
-                `BlockMask` of that block size, which knows whether it is causal.
-            causal: whether a token attends to no later one. The pattern is then lower triangular; with fewer
-                query blocks than key blocks the queries are the last ones. One that is not KV-efficient gets
-                a warning. If false, the first query is in the first row of blocks, whatever keys there are;
-                but a single query to which a square pattern is applied is the last token, as when decoding.
+            sparse_pattern: [query blocks, key blocks] or [heads, query blocks, key blocks] of any dtype,
+                nonzero where a block attends to another. Its heads are 1, the KV heads or the query heads of
+                the inputs. Or a `BlockMask` of that block size and of the same kind, causal or not.
+            causal: whether a token attends to no later one. If so the pattern is lower triangular, and with
+                fewer query blocks than key blocks its rows are the last ones; one that is not KV-efficient
+                gets a warning. If not, its rows start with that of the first query; but a single query is
+                the sequence's last token if the pattern is square, as when decoding.
             seq_dim: dimension of the tokens in 4-D inputs, 1 (the default) or 2.
             block_m, block_n, d_splits, inference: accepted for DKernel's sake. They tune its kernels; these
                 choose their tiles themselves.
@@ -195,9 +194,9 @@ class LocalStrideSparseAttention(SparseAttention):
 
         KV head h attends to every older block j with (j + h * step + head_sliding_offset) mod vert_stride
         == 0, step = max(1, vert_stride // num_heads): the query heads decide the step, as in
-        `S2Pattern.build`. If not causal, a query block attends to those nearer than `local_blocks` to either
-        side, and to one in `vert_stride` of the others, counted from the edges of that window; every head
-        alike, as `get_sparse_attn_mask` says.
+        `S2Pattern.build`. If not causal, a query block attends to those nearer than `local_blocks` on either
+        side and to one in `vert_stride` of the others, counted from that window's edges, in every head: see
+        `get_sparse_attn_mask`.
 
         Args:
             num_heads: query heads.

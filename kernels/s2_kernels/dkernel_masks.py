@@ -35,10 +35,10 @@ def get_sparse_attn_mask(
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor, torch.Tensor | None]:
     """The local-stride mask of some queries and some keys, in three forms.
 
-    At distances below `local_blocks` a query block attends to a key block. Of those further away it attends
-    to one in `vert_stride`: by absolute position, key block j of KV head h with (j + h * head_sliding_step +
-    head_sliding_offset) mod vert_stride == 0, as in `S2Pattern`; or by position relative to the query, those
-    at a multiple of `vert_stride` from the window's edge, the same for every head.
+    A query block attends to the key blocks of its window, and outside it to one in `vert_stride`. By absolute
+    position, as in `S2Pattern`, that is key block j for KV head h where (j + h * head_sliding_step +
+    head_sliding_offset) mod vert_stride == 0. Relative to the query, it is every one whose distance from the
+    window's edge is a multiple of `vert_stride`, whatever the head.
 
     Args:
         num_heads: query heads.

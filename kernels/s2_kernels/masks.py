@@ -5,8 +5,8 @@ diagonal block token causality applies). Masks compose with `|`, and a mask with
 
     pattern.block_mask(n) | sink_blocks(n, 1) | dense_heads(32, n, 1, num_kv_heads=8)
 
-`BlockMask` is what attention takes: such a mask, of any origin, in sparse form with its block size. It also
-has masks of attention that is not causal, and of fewer query blocks than key blocks.
+`BlockMask` is what attention takes: such a mask, of any origin, in sparse form with its block size. It may
+also be of attention that is not causal, and of fewer query blocks than key blocks.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from s2_kernels.pattern import S2Pattern
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 """Block pairs that are looked at together: bounds the memory of intermediate results."""
 
 
@@ -36,8 +36,7 @@ class BlockMask:
         num_blocks: key blocks.
         lists: int32 [entries], key blocks.
         runs: int64 [masks, query blocks, 2, 2], for each row two runs, of which either may be empty: the
-            first entry in `lists`, and the one after the last. Key blocks ascend, in the second run from the
-            first's.
+            first entry in `lists`, and the one after the last. Key blocks ascend from run to run as well.
         mask_of_head: for each head, its index in `runs`.
         is_causal: whether a token attends to no later one. Query block i is then as old as key block i.
         first_row: the first query block that the mask knows; rows before it are empty. 0 if not causal.
@@ -369,7 +368,7 @@ def _entries(runs: torch.Tensor) -> torch.Tensor:
 
 
 def _key_blocks_of_rows(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The key blocks of all rows of all heads, int32, and how many there are: int64 [heads, query blocks]."""
+    """The key blocks of all rows of all heads, int32, and their numbers: int64 [heads, query blocks]."""
     rows = mask.flatten(0, 1)
     lists = torch.empty(int(mask.count_nonzero()), dtype=torch.int32, device="cpu")
     counts = []
@@ -383,7 +382,7 @@ def _key_blocks_of_rows(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def _check_ascending(lists: torch.Tensor, counts: torch.Tensor, num_blocks: int) -> None:
-    """Raise ValueError unless the rows, of `counts` [heads, query blocks] entries, ascend."""
+    """Raise ValueError unless rows, of `counts` [heads, query blocks] entries, list key blocks in order."""
     starts_row = torch.zeros(len(lists) + 1, dtype=torch.bool, device="cpu")
     starts_row[counts.flatten().cumsum(0) - counts.flatten()] = True
     is_wrong = (lists < 0) | (lists >= num_blocks)

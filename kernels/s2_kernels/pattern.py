@@ -28,7 +28,7 @@ PatternHeads = Literal["kv", "query"]
 MAX_VERT_STRIDE = 2**16
 """A super-block counts its tokens in 32 bits, and each head has a table of the stride's length."""
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 """Block pairs that are looked at together: bounds the memory of intermediate results."""
 
 

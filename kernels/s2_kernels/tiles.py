@@ -127,16 +127,16 @@ def softmax_step(logits, v, acc, row_max, row_sum, scale_log2):
 
 @triton.jit
 def masked_softmax_step(logits, visible, v, acc, row_max, row_sum, scale_log2, ISOLATE: tl.constexpr):
-    """`softmax_step` for the rows and keys of `visible` [BLOCK_M, BLOCK_N or 1].
+    """`softmax_step` with the keys that are `visible` [BLOCK_M, BLOCK_N or 1] to a row.
 
-    ISOLATE: what is not finite in `v` reaches only the rows that attend to it. Otherwise it reaches all of
-    them, since a weight of zero times NaN or infinity is NaN.
+    ISOLATE: NaN and infinities in `v` reach only the rows that attend to them. Otherwise they reach all rows,
+    since a weight of zero times either is NaN.
     """
     logits = tl.where(visible, logits, float("-inf"))
     if ISOLATE:
         finite = tl.where(v - v == 0.0, v, 0.0)
         acc, row_max, row_sum = softmax_step(logits, finite, acc, row_max, row_sum, scale_log2)
-        # What attends to infinities gets them, or NaN where both meet, of which NaN has one each.
+        # A row gets the infinities that it attends to, which together are NaN. NaN counts as both.
         attends = tl.where(visible, tl.full(logits.shape, 1.0, tl.float16), 0.0)
         up = tl.dot(attends, ((v == float("inf")) | (v != v)).to(tl.float16))
         acc = tl.where(up > 0.0, acc + float("inf"), acc)

@@ -36,8 +36,10 @@ TILE_FIELDS = 7
 def tile_table(
     spans: tuple[Span, ...], first_positions: tuple[int, ...], block_m: int, device: torch.device
 ) -> torch.Tensor:
-    """int32 [tiles, TILE_FIELDS], longest rows first: batch, tile, query start, key start, first and end
-    position of the sequence's queries, keys.
+    """int32 [tiles, TILE_FIELDS], longest rows first.
+
+    The fields: batch, tile, query start, key start, positions of the sequence's first query and of the one
+    after the last, keys.
     """
     tiles = []
     for span, first in zip(spans, first_positions, strict=True):
@@ -50,11 +52,11 @@ def tile_table(
 
 @triton.jit
 def visits_of_step(step, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The first visit of a step, and that of each key: [BLOCK_N], or the same one where it is of all."""
+    """The first visit of a step, and the visit of each key: [BLOCK_N], or one that is of all of them."""
     first = step * BLOCK_N // BLOCK_SIZE
     visits = first
     if BLOCK_N > BLOCK_SIZE:
-        visits = first + tl.arange(0, BLOCK_N) // BLOCK_SIZE
+        visits += tl.arange(0, BLOCK_N) // BLOCK_SIZE
     return first, visits
 
 
@@ -62,8 +64,8 @@ def visits_of_step(step, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
 def load_starts(starts, step, table, other, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """The first tokens of the blocks that a step visits, `other` after the last visit.
 
-    `table`: of the tile's first and second shared run and of its own visits, the visit after the last, and
-    where visit 0 would be in `starts`. No step has visits of two of them.
+    table: of the first shared run, the second and the tile's own visits, (the visit after the last, where
+    visit 0 would be in `starts`). All visits of a step are in one of the three.
     """
     end_0, start_0, end_1, start_1, end, start = table
     first, visits = visits_of_step(step, BLOCK_SIZE, BLOCK_N)
@@ -73,7 +75,7 @@ def load_starts(starts, step, table, other, BLOCK_SIZE: tl.constexpr, BLOCK_N: t
 
 @triton.jit
 def load_row_bits(row_bits, step, table, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The rows that a step's visits are for: all of them unless the visits are the tile's own."""
+    """The rows that a step's visits are for, as bits: all rows, unless the visits are the tile's own."""
     _, _, end_1, _, end, start = table
     first, visits = visits_of_step(step, BLOCK_SIZE, BLOCK_N)
     end = tl.where(first < end_1, 0, end)
@@ -93,9 +95,9 @@ def keys_of_step(start, step, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def attend_rows(
-    first_row,  # position of the first of BLOCK_M
-    q,  # of the query at position 0, as it were
-    k,  # of the sequence's first key
+    first_row,  # position of the first of the rows
+    q,  # where the head's query of position 0 would be
+    k,  # first key of the sequence and KV head
     v,
     out,  # as q
     lse,
@@ -121,9 +123,10 @@ def attend_rows(
     BLOCK_N: tl.constexpr,
     ISOLATE: tl.constexpr,
 ):
-    """Attention of BLOCK_M rows of a group; whether a result is NaN.
+    """Attention of BLOCK_M rows of a group of mask rows. Returns whether a result is NaN.
 
-    ISOLATE: values that are not finite reach only the rows that attend to them. Slower, and small tiles do.
+    ISOLATE: values that are not finite reach only the rows that attend to them. It is slow, and needs many
+    registers for large tiles.
     """
     positions = first_row + tl.arange(0, BLOCK_M)
     is_row = (positions >= first_position) & (positions < end_position)
@@ -285,10 +288,11 @@ def block_sparse_fwd_kernel(
         BLOCK_N,
         ISOLATE=False,
     )
-    # In a product, a value that is NaN or infinite reaches every row of its visit, attending or not.
+    # A value that is NaN or infinite reaches every row that shares its visit, so that these rows are computed
+    # again with care. What they need takes no registers from the loops above.
     if is_nan:
         tl.debug_barrier()
-        for row in tl.range(0, BLOCK_M, MIN_TILE, num_stages=1):
+        for row in range(0, BLOCK_M, MIN_TILE):
             attend_rows(
                 tile * BLOCK_M + row,
                 q,
@@ -324,7 +328,7 @@ def block_sparse_config(head_padded: int, dtype: torch.dtype, max_queries: int) 
     """Tile shapes and launch options, for sequences of up to `max_queries` queries."""
     if dtype == torch.float32:  # multiplied without tensor cores: small tiles, or registers spill
         defaults = {"BLOCK_M": 32, "BLOCK_N": MIN_DOT_SIZE, "num_warps": 8, "num_stages": 2}
-        # The loop that isolates rows would use more registers than the others, and fewer programs would fit.
+        # The slow loop would take more registers than the others need, and fewer programs would fit.
         defaults["maxnreg"] = 80 if head_padded <= 128 else 128
     elif head_padded > 128:
         defaults = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}

@@ -26,11 +26,10 @@ class Span(NamedTuple):
 
 
 def first_position(span: Span, mask: BlockMask) -> int:
-    """The position of a sequence's first query, which says in what row of `mask` it is.
+    """The position of a sequence's first query: what decides its row of the mask.
 
-    The queries are the last tokens. Of a mask that is not causal they are the first ones, or have no place
-    among the keys at all; but a single query is the last token there as well if there is a row for each key
-    block.
+    In causal attention the queries are the last tokens. Otherwise they start with the mask's first row; but a
+    single query is the last token if the mask has as many query blocks as key blocks.
     """
     if mask.is_causal:
         return span.num_keys - span.num_queries

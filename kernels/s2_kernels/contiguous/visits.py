@@ -32,7 +32,7 @@ class Visits(NamedTuple):
         groups: int64 [masks * num_groups, GROUP_FIELDS], of group g of mask m at m * num_groups + g: where
             its first shared run starts in `starts`, and its length; the same of the second; where its own
             visits start in `starts`, how many of them need no mask, and how many there are.
-        starts: int32 [entries], first tokens of key blocks: all groups' own visits, then the mask's lists.
+        starts: int32 [entries], the first tokens of key blocks: all groups' own visits, the mask's lists.
         row_bits: int32 [own visits of all groups], bit r is set when row r of the group attends.
         mask_of_head: int32 [heads of the mask], the mask of each.
         num_groups: groups of a mask.

@@ -128,10 +128,10 @@ def attend_tiles(
             attends = (in_window | (row_ranks == tile_rank))[:, None]
             visible = visible & attends
         logits = tl.where(visible, query_key(queries, k), float("-inf"))
-        last_acc = acc
-        acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, scale_log2)
-        if NUM_KEPT > 1:  # a weight of zero would not keep another head's NaN away
-            acc = tl.where(attends, acc, last_acc)
+        new_acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, scale_log2)
+        if NUM_KEPT > 1:  # a weight of zero does not keep the NaN of another head's block away
+            new_acc = tl.where(attends, new_acc, acc)
+        acc = new_acc
     return acc, row_max, row_sum
 
 

@@ -87,9 +87,10 @@ def attend_rows(
     BLOCK_N: tl.constexpr,
     ISOLATE: tl.constexpr,
 ):
-    """Attention of BLOCK_M queries of a request; whether a result is NaN.
+    """Attention of BLOCK_M queries of a request. Returns whether a result is NaN.
 
-    ISOLATE: values that are not finite reach only the queries that attend to them. Slower, for small tiles.
+    ISOLATE: values that are not finite reach only the queries that attend to them. It is slow, and needs many
+    registers for large tiles.
     """
     # Rows past the last query repeat it, so that no row of the tile is without keys.
     rows = first_row + tl.arange(0, BLOCK_M)
@@ -302,10 +303,11 @@ def paged_prefill_fwd_kernel(
         BLOCK_N,
         ISOLATE=False,
     )
-    # In a product, a value that is NaN or infinite reaches every row of its tile, attending or not.
+    # A value that is NaN or infinite reaches every row that shares its tile of keys, so that these rows are
+    # computed again with care. What they need takes no registers from the loops above.
     if is_nan:
         tl.debug_barrier()
-        for row in tl.range(first_row, tl.minimum(first_row + BLOCK_M, query_len), MIN_TILE, num_stages=1):
+        for row in range(first_row, tl.minimum(first_row + BLOCK_M, query_len), MIN_TILE):
             attend_rows(
                 row,
                 query_len,
@@ -342,7 +344,7 @@ def prefill_config(head_padded: int, block_size: int, dtype: torch.dtype) -> dic
     """Tile shapes and launch options. Tiles of keys stay within a block."""
     if dtype == torch.float32:  # multiplied without tensor cores: small tiles, or registers spill
         defaults = {"BLOCK_M": 32, "BLOCK_N": MIN_DOT_SIZE, "num_warps": 8, "num_stages": 2}
-        # The loops that isolate rows would use more registers than the others, and fewer programs would fit.
+        # The slow loops would take more registers than the others need, and fewer programs would fit.
         defaults["maxnreg"] = 80 if head_padded <= 128 else 128
     elif head_padded > 128:
         defaults = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
