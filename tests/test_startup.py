@@ -21,6 +21,7 @@ from tests.plans import DTYPE, cache_config, cache_groups, cache_specs, engine_c
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+    from types import ModuleType
 
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheSpec
@@ -169,6 +170,12 @@ def test_nothing_to_report(report: list[str]) -> None:
     assert not report
 
 
+@pytest.mark.parametrize("module", [startup, compat], ids=lambda module: module.__name__)
+def test_vllm_prints_what_is_logged(module: ModuleType) -> None:
+    """It sets up its own loggers, and those below them."""
+    assert module._logger.name == "vllm.s2_vllm"
+
+
 def test_blocks_in_no_heads_set_are_reported(report: list[str]) -> None:
     """All heads keep the blocks of one residue, and none those of the seven others."""
     plan = make_plan(S2Config(16, 8, homo_head=True), ModelGeometry(32, 32, 8, 128, DTYPE.itemsize))
@@ -225,7 +232,8 @@ def test_a_dense_layer_without_full_attention_is_named() -> None:
         attention_chunk_size=4096,
     )
     message = (
-        r"s2_attention\.dense_layers: layer model\.layers\.0\..*ChunkedLocalAttentionSpec.*full attention"
+        r"^s2_attention\.dense_layers: layer model\.layers\.0\.self_attn\.attn has a KV cache of its own "
+        r"kind \(ChunkedLocalAttentionSpec\), expected layers with full attention$"
     )
     with pytest.raises(S2ConfigError, match=message):
         check(plan, specs)
