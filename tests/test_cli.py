@@ -128,7 +128,8 @@ def test_broken_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_model_without_a_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _save(tmp_path, GEOMETRIES["hhst-8b"].hf_config(sparse=False))
-    assert "s2_attention: missing" in _error(capsys, "plan", tmp_path)
+    expected = "s2_attention: missing, expected the key in config.json or in --hf-overrides"
+    assert _error(capsys, "plan", tmp_path) == expected
 
 
 def test_bad_pattern(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,7 +179,6 @@ def test_unsupported_image(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
         ("--block-size", "-64", "'-64', expected a positive integer"),
         ("--dtype", "int8", "invalid choice: 'int8'"),
         ("--hf-overrides", "[1]", "'[1]', expected a JSON object"),
-        ("--hf-overrides", "{", "'{': Expecting property name enclosed in double quotes"),
     ],
 )
 def test_bad_option(
@@ -187,11 +187,13 @@ def test_bad_option(
     message = _usage_error(capsys, "plan", model, f"{option}={value}")
     assert message.startswith("s2-vllm plan: error: argument ")
     assert option in message
+    assert message.endswith(f": {expected}") or (option, value) == ("--dtype", "int8")
     assert expected in message
 
 
 def test_broken_overrides_are_called_so(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _usage_error(capsys, "plan", model, "--hf-overrides", "{").endswith(", expected JSON")
+    message = _usage_error(capsys, "plan", model, "--hf-overrides", "{")
+    assert re.search(r"--hf-overrides: '\{': .*: line 1 column 2 \(char 1\), expected JSON$", message)
 
 
 def test_plans_without_torch_transformers_and_vllm(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -252,26 +254,36 @@ def test_a_command_is_required(capsys: pytest.CaptureFixture[str]) -> None:
     assert _usage_error(capsys) == "s2-vllm: error: the following arguments are required: COMMAND"
 
 
+OVERRIDES_HELP = "keys of config.json to set, as for `vllm serve` (default: {})"
 HELP = {
     "plan": {
-        "--max-model-len N": "e.g. 32768, 32k (32,000) or 32K (32,768) (default: the model's)",
+        "--max-model-len N": (
+            "tokens of the longest request, e.g. 32768, 32k (32,000) or 32K (32,768) (default: the model's)"
+        ),
         "--kv-cache-memory-bytes SIZE, --kv-cache-memory SIZE": (
-            "e.g. 40G or 40GiB (2^30 bytes each), 40g or 40GB (10^9) (default: 40GiB)"
+            "KV cache of one GPU, e.g. 40G or 40GiB (2^30 bytes each), 40g or 40GB (10^9) (default: 40GiB)"
         ),
         "--tensor-parallel-size T, -tp T": "GPUs (default: 1)",
-        "--max-num-batched-tokens N": "(default: 8192, that of `vllm serve` on an H100 or H200)",
+        "--max-num-batched-tokens N": (
+            "tokens of a step (default: 8192, that of `vllm serve` on an H100 or H200)"
+        ),
         "--block-size N": "tokens per page of a dense layer (default: what the plan needs)",
-        "--dtype {auto,bfloat16,float16,half,float32,float}": "(default: auto, 16 bits whatever",
+        "--dtype {auto,bfloat16,float16,half,float32,float}": (
+            "of the model and its KV cache (default: auto, 16 bits whatever the checkpoint has)"
+        ),
         "--kv-cache-dtype DTYPE": (
             "the model's dtype, for a checkpoint that declares a quantized KV cache (default: auto)"
         ),
-        "--hf-overrides JSON": "keys of config.json to set, as for `vllm serve` (default: {})",
+        "--hf-overrides JSON": OVERRIDES_HELP,
         "--json": "print JSON instead of a table",
     },
     "show": {
         "-o FILE, --output FILE": "image, PNG or SVG (default: pattern.png)",
-        "--num-blocks N": "(default: enough to see two strided blocks leave the window, 64 at most)",
-        "--hf-overrides JSON": "keys of config.json to set, as for `vllm serve` (default: {})",
+        "--num-blocks N": (
+            "blocks along each side of a panel (default: enough to see two strided blocks leave the window, "
+            "64 at most)"
+        ),
+        "--hf-overrides JSON": OVERRIDES_HELP,
     },
 }
 
@@ -294,7 +306,7 @@ def test_every_option_has_its_help_and_default(
     del options["-h, --help"]
     assert options.keys() in (HELP[command].keys(), short.keys())
     for option, text in (HELP[command] | short).items():
-        assert text in options.get(option, text)
+        assert options.get(option, text) == text
     for text in options.values():
         assert "default: " in text or text == "print JSON instead of a table"
 
@@ -303,7 +315,8 @@ def test_the_commands_say_what_they_do(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    assert "S2-Attention patterns and KV cache plans." in text
+    assert "S2-Attention patterns and KV cache plans." in text.splitlines()
+    assert text.startswith("usage: s2-vllm [-h] [--version] COMMAND ...\n")
     assert re.search(r"plan +the KV cache that vLLM will set up for a model\n", text)
     assert re.search(r"show +draw the pattern, one panel per head\n", text)
     assert re.search(r"--version +show the version and exit\n", text)

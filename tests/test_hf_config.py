@@ -453,6 +453,24 @@ def test_what_a_class_does_not_take(tmp_path: Path) -> None:
     assert message.endswith(", expected what LlamaConfig takes")
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"\xff", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte, expected JSON"),
+        (b"{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1), expected JSON"),
+        (b"[{}]", "list, expected a JSON object"),
+        (b"null", "NoneType, expected a JSON object"),
+    ],
+    ids=str,
+)
+def test_what_is_no_json_object(content: bytes, problem: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_bytes(content)
+    with pytest.raises(S2ConfigError) as caught:
+        read_config(tmp_path, {})
+    assert str(caught.value) == f"{file}: {problem}"
+
+
 def test_floats_that_json_does_not_have(tmp_path: Path) -> None:
     config = read(tmp_path, LLAMA | {"model_type": "nobody-knows-it", "x": {"__float__": "-Infinity"}})
     assert config.whole.x == float("-inf")
