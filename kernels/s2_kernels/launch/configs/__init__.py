@@ -1,12 +1,13 @@
 """Launch configurations, stored per GPU: `python -m benchmarks.tune` finds them, nothing is tuned in use.
 
 The table of a GPU is a JSON file beside this module, named after it: {operation: {shape: {option: value}}}.
-What it does not hold keeps the operation's own defaults.
+A GPU without one takes that of a relative. What a table does not hold keeps the operation's own defaults.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -16,6 +17,13 @@ import torch
 
 Config = dict[str, int]
 Table = dict[str, dict[str, Config]]
+
+RELATIVES = (
+    (r"\bH[18]00\b", "NVIDIA H100 80GB HBM3"),
+    (r"\bG?H20{1,2}\b", "NVIDIA H200"),
+)
+"""Whose table GPUs take that have none: those of Hopper's chip with the same kind of memory."""
+ANY_HOPPER = "NVIDIA H200"
 
 _trials: dict[str, tuple[Config, set[str]]] = {}
 
@@ -52,11 +60,18 @@ def table_path(gpu: str) -> Path:
 
 @lru_cache
 def load_table(gpu: str | None) -> Table:
-    """The table of the GPU of that name; empty if nobody has tuned for it."""
-    if gpu is None or not table_path(gpu).exists():
+    """The table of the GPU of that name or of a relative; empty if nobody has tuned for any."""
+    path = None if gpu is None else next(filter(Path.exists, map(table_path, _candidates(gpu))), None)
+    if path is None:
         return {}
-    table: Table = json.loads(table_path(gpu).read_text())
+    table: Table = json.loads(path.read_text())
     return table
+
+
+def _candidates(gpu: str) -> list[str]:
+    """The GPUs whose table the GPU of that name can take, the best first."""
+    relatives = [relative for names, relative in RELATIVES if re.search(names, gpu)]
+    return [gpu, *relatives, *([ANY_HOPPER] if relatives else [])]
 
 
 @contextmanager
