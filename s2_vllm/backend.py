@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -24,8 +24,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from s2_kernels import paged
 from s2_kernels.launch.choice import Impl
-from s2_kernels.layout import HeadTables
-from s2_kernels.paged import PagedRequests
+from s2_kernels.layout import HeadTables, head_tables
+from s2_kernels.paged import LayerHeads, PagedRequests, PagedStep
 from s2_kernels.pattern import S2Pattern
 
 
@@ -78,13 +78,29 @@ class S2Metadata(AttentionMetadata):
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
 
-    @cached_property
-    def prefill_query_start_loc(self) -> torch.Tensor:
-        """`query_start_loc` of the other requests, counted from their first token.
+    _steps: dict[int, tuple[S2Metadata, PagedStep]] = field(default_factory=dict, repr=False)
 
-        Made for the first layer that wants it: a step of decodes only, and the strided tier, never do.
+    def step_with(self, strided: S2Metadata) -> PagedStep:
+        """This batch, of the window tier, together with what the strided tier says about it.
+
+        Made for the first of the layers that have their pages in these two groups.
         """
-        return self.query_start_loc[self.num_decodes :] - self.num_decode_tokens
+        made = self._steps.get(id(strided))
+        if made is None:
+            step = PagedStep(
+                self.block_table,
+                strided.block_table,
+                self.slot_mapping,
+                strided.slot_mapping,
+                self.query_start_loc,
+                self.seq_lens,
+                num_tokens=self.num_tokens,
+                num_decodes=self.num_decodes,
+                num_decode_tokens=self.num_decode_tokens,
+                max_seq_len=self.max_seq_len,
+            )
+            made = self._steps[id(strided)] = (strided, step)
+        return made[1]
 
 
 class S2MetadataBuilder(AttentionMetadataBuilder[S2Metadata]):
@@ -162,9 +178,9 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
         self.num_kv_heads = num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.pattern = pattern
+        self.heads = _shared_heads(pattern, scale, impl)
         self.strided_name = strided_name
         self.first_kv_head = first_kv_head
-        self.impl = impl
         self.tables: HeadTables | None = None
 
     def heads_of(self, entry_cache: torch.Tensor) -> torch.Tensor:
@@ -189,7 +205,16 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
         request = PagedRequests(kv_cache, kv_cache, table, table, integers(0, 1), integers(1))
         out = torch.empty_like(q)
         for max_seq_len in (1, self.pattern.window_tokens + 1):
-            self._attend(q, request, out, max_seq_len=max_seq_len)
+            paged.attend(
+                q,
+                request,
+                self.pattern,
+                self.scale,
+                out,
+                max_seq_len=max_seq_len,
+                tables=self.tables,
+                impl=self.heads.impl,
+            )
 
     def forward(
         self,
@@ -221,52 +246,24 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
         assert output_block_scale is None
         if attn_metadata is None:
             return output.zero_()
-        window = attn_metadata
         strided, _, strided_entry, _ = get_attention_context(self.strided_name)
-        caches = (kv_cache, self.heads_of(strided_entry))
-        n = window.num_tokens
-        paged.write(
-            key[:n],
-            value[:n],
-            *caches,
-            window.slot_mapping,
-            strided.slot_mapping,
-            self.pattern,
-            tables=self.tables,
-            impl=self.impl,
+        attn_metadata.step_with(strided).run_layer(
+            query,
+            key,
+            value,
+            kv_cache,
+            self.heads_of(strided_entry),
+            output,
+            self.heads,
+            self._own_tables(query.device),
         )
-        requests = PagedRequests(
-            *caches, window.block_table, strided.block_table, window.query_start_loc, window.seq_lens
-        )
-        decodes, tokens = window.num_decodes, window.num_decode_tokens
-        if decodes:
-            self._attend(query[:tokens], requests.first(decodes), output[:tokens], max_query_len=1)
-        if decodes < len(window.seq_lens):
-            self._attend(
-                query[tokens:n],
-                requests.after(decodes, window.prefill_query_start_loc),
-                output[tokens:n],
-                max_seq_len=window.max_seq_len,
-            )
         return output
 
-    def _attend(
-        self,
-        q: torch.Tensor,
-        requests: PagedRequests,
-        out: torch.Tensor,
-        *,
-        max_query_len: int | None = None,
-        max_seq_len: int | None = None,
-    ) -> None:
-        paged.attend(
-            q,
-            requests,
-            self.pattern,
-            self.scale,
-            out,
-            max_query_len=max_query_len,
-            max_seq_len=max_seq_len,
-            tables=self.tables,
-            impl=self.impl,
-        )
+    def _own_tables(self, device: torch.device) -> HeadTables:
+        return head_tables(self.pattern, device) if self.tables is None else self.tables
+
+
+@cache
+def _shared_heads(pattern: S2Pattern, scale: float, impl: Impl | None) -> LayerHeads:
+    """One object for all layers of a kind: a step prepares their calls once."""
+    return LayerHeads(pattern, scale, impl)

@@ -275,16 +275,24 @@ class EmulatedKernel:
 
     def __init__(self, kernel: Any, modules: Sequence[ModuleType]) -> None:
         self.name = kernel.fn.__name__
+        self.arg_names = kernel.arg_names
+        self.is_constant = [parameter.is_constexpr for parameter in kernel.params]
         things = [(name, thing) for module in modules for name, thing in vars(module).items()]
         self.functions = {name: thing.fn for name, thing in things if hasattr(thing, "fn")}
         self.constants = {name: thing.value for name, thing in things if type(thing).__name__ == "constexpr"}
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
+        def launch(*arguments: Any, num_warps: int) -> None:
             for program in range(grid[0]):
-                self.function(Language(program, grid[0]))(*map(_argument, arguments), **constants)
+                given = zip(arguments, self.is_constant, strict=True)
+                emulated = [x if is_constant else _argument(x) for x, is_constant in given]
+                self.function(Language(program, grid[0]))(*emulated)
 
         return launch
+
+    def run(self, *arguments: Any, grid: tuple[int], warmup: bool, num_warps: int) -> None:
+        """As Triton's interpreter: there is nothing to warm up."""
+        assert warmup
 
     def function(self, language: Any) -> Callable[..., Any]:
         """The kernel as a Python function, in a world where its names mean what this module says."""

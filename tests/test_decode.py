@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from s2_kernels import paged
 from s2_kernels.layout import head_tables
-from s2_kernels.paged.decode import paged_decode
+from s2_kernels.paged.decode import prepare_decode
 from s2_kernels.paged.decode_combine import MAX_CHUNK, MIN_CHUNK, chunk_size
 from s2_kernels.pattern import S2Pattern
 from tests.paged import (
@@ -42,7 +42,8 @@ def run(batch: PagedBatch, num_programs: int | None = None) -> torch.Tensor:
         paged.attend(batch.q, batch.requests, batch.pattern, batch.scale, out, max_query_len=1, impl="triton")
     else:
         tables = head_tables(batch.pattern, batch.q.device)
-        paged_decode(batch.q, batch.requests, batch.pattern, batch.scale, out, tables, num_programs)
+        call = prepare_decode(batch.q, batch.requests, batch.pattern, batch.scale, out, tables, num_programs)
+        call(batch.q, batch.window_cache, batch.strided_cache, out, tables)
     return out
 
 

@@ -8,6 +8,8 @@ Programs are persistent, so that the loads for a tile begin while the one before
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -20,14 +22,27 @@ from s2_kernels.hopper.producer import PANEL, produce
 from s2_kernels.hopper.schedule import TILE_M, UNIT
 from s2_kernels.launch.configs import launch_config, shape_key
 from s2_kernels.launch.device import num_multiprocessors
+from s2_kernels.launch.handle import KernelLaunch
 from s2_kernels.launch.limits import LOG2_E, local_blocks
 from s2_kernels.layout import HeadTables
+from s2_kernels.paged.calls import AttendCall
 from s2_kernels.paged.requests import UNALIGNED, PagedRequests
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.tiles import first_tile
 
 SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 MIB = 2**20
+VARYING = (
+    "queries",
+    "window_keys",
+    "window_values",
+    "strided_keys",
+    "strided_values",
+    "out",
+    "residues",
+    "ranks",
+)
+"""The arguments that a launch is repeated with."""
 
 
 @gluon.jit(
@@ -198,7 +213,7 @@ def prefill_fwd_kernel(
     )
 
 
-def paged_prefill_fwd(
+def prepare_prefill(
     q: torch.Tensor,
     requests: PagedRequests,
     pattern: S2Pattern,
@@ -206,13 +221,14 @@ def paged_prefill_fwd(
     out: torch.Tensor,
     tables: HeadTables,
     max_seq_len: int | None,
-) -> None:
+) -> AttendCall:
     """`s2_kernels.paged.attend` of tensors that `refusal` has nothing against, after its checks."""
     window_cache, strided_cache, window_table, strided_table, query_start_loc, seq_lens = requests
     page_slots, columns = window_cache.shape[2:]
+    queries = _queries(q)
     window, strided = _rows(window_cache, columns), _rows(strided_cache, columns)
-    _launch(
-        q,
+    launch = _prepare(
+        queries,
         (window, window, strided, strided),
         (window_table, strided_table),
         tables,
@@ -233,6 +249,28 @@ def paged_prefill_fwd(
         max_seq_len=max_seq_len
         or strided_table.shape[1] * page_slots * pattern.vert_stride // pattern.num_kept,
     )
+    queries, window, strided = (_without_base(descriptor) for descriptor in (queries, window, strided))
+
+    def attend(
+        q: torch.Tensor,
+        window_cache: torch.Tensor,
+        strided_cache: torch.Tensor,
+        out: torch.Tensor,
+        tables: HeadTables,
+    ) -> None:
+        window_rows, strided_rows = _at(window_cache, window), _at(strided_cache, strided)
+        launch(
+            _at(q, queries),
+            window_rows,
+            window_rows,
+            strided_rows,
+            strided_rows,
+            out,
+            tables.residue,
+            tables.rank,
+        )
+
+    return attend
 
 
 def contiguous_prefill_fwd(
@@ -261,9 +299,9 @@ def contiguous_prefill_fwd(
         tables: of the pattern.
     """
     columns = k.shape[1] * k.shape[2]
-    keys, values = _rows(k, columns), _rows(v, columns)
-    _launch(
-        q,
+    queries, keys, values = _queries(q), _rows(k, columns), _rows(v, columns)
+    launch = _prepare(
+        queries,
         (keys, values, keys, values),
         (seq_lens, seq_lens),
         tables,
@@ -277,10 +315,11 @@ def contiguous_prefill_fwd(
         head_rows=(0, 0),
         max_seq_len=k.shape[0],
     )
+    launch(queries, keys, values, keys, values, out, tables.residue, tables.rank)
 
 
-def _launch(
-    q: torch.Tensor,
+def _prepare(
+    queries: TensorDescriptor,
     keys_and_values: tuple[TensorDescriptor, ...],
     block_tables: tuple[torch.Tensor, torch.Tensor],
     tables: HeadTables,
@@ -294,45 +333,51 @@ def _launch(
     page_rows: tuple[int, int],
     head_rows: tuple[int, int],
     max_seq_len: int,
-) -> None:
-    num_tokens, num_heads, head_size = q.shape
+) -> KernelLaunch:
+    """The launch of VARYING."""
+    num_tokens, num_heads, head_size = out.shape
     num_requests = lengths[2].shape[0]
     num_tiles = first_tile(num_tokens, num_requests, TILE_M.value)
     num_items = num_tiles * num_heads
-    config = hopper_prefill_config(head_size, q.dtype)
+    config = hopper_prefill_config(head_size, out.dtype)
     section_bytes = config.pop("section_mib") * MIB
-    queries = TensorDescriptor(
-        q, [num_tokens, num_heads * head_size], [q.stride(0), 1], [TILE_M.value // 2, head_size], SWIZZLED
-    )
-    prefill_fwd_kernel[(min(num_items, num_multiprocessors(q.device)),)](
-        queries,
-        *keys_and_values,
-        *block_tables,
-        *lengths,
-        tables.residue,
-        tables.rank,
-        out,
-        lse,
-        scale * LOG2_E,
-        num_tiles,
-        num_items,
-        num_requests,
-        heads_per_section(pattern, max_seq_len, head_size, section_bytes),
-        *(table.stride(0) for table in block_tables),
-        *page_rows,
-        *head_rows,
-        *out.stride()[:2],
-        0 if lse is None else lse.stride(0),
-        GROUP_SIZE=pattern.group_size,
-        HEAD_SIZE=head_size,
-        PAGE_SLOTS=page_slots,
-        LOCAL_BLOCKS=local_blocks(pattern),
-        VERT_STRIDE=pattern.vert_stride,
-        NUM_KEPT=pattern.num_kept,
-        HALF_START=max_seq_len > pattern.window_tokens,
+    arguments = {
+        "queries": queries,
+        **dict(zip(VARYING[1:5], keys_and_values, strict=True)),
+        "window_table": block_tables[0],
+        "strided_table": block_tables[1],
+        "query_start_loc": lengths[0],
+        "key_start_loc": lengths[1],
+        "seq_lens": lengths[2],
+        "residues": tables.residue,
+        "ranks": tables.rank,
+        "out": out,
+        "lse": lse,
+        "scale_log2": scale * LOG2_E,
+        "num_tiles": num_tiles,
+        "num_items": num_items,
+        "num_requests": num_requests,
+        "heads_per_section": heads_per_section(pattern, max_seq_len, head_size, section_bytes),
+        "window_table_stride": block_tables[0].stride(0),
+        "strided_table_stride": block_tables[1].stride(0),
+        "window_page_rows": page_rows[0],
+        "strided_page_rows": page_rows[1],
+        "window_head_rows": head_rows[0],
+        "strided_head_rows": head_rows[1],
+        "out_stride_token": out.stride(0),
+        "out_stride_head": out.stride(1),
+        "lse_stride_token": 0 if lse is None else lse.stride(0),
+        "GROUP_SIZE": pattern.group_size,
+        "HEAD_SIZE": head_size,
+        "PAGE_SLOTS": page_slots,
+        "LOCAL_BLOCKS": local_blocks(pattern),
+        "VERT_STRIDE": pattern.vert_stride,
+        "NUM_KEPT": pattern.num_kept,
+        "HALF_START": max_seq_len > pattern.window_tokens,
         **config,
-        num_warps=4,
-    )
+    }
+    grid = (min(num_items, num_multiprocessors(out.device)),)
+    return KernelLaunch(prefill_fwd_kernel, grid, arguments, VARYING, num_warps=4)
 
 
 def hopper_prefill_config(head_size: int, dtype: torch.dtype) -> dict[str, int]:
@@ -353,6 +398,14 @@ def heads_per_section(pattern: S2Pattern, max_seq_len: int, head_size: int, sect
     return kv_heads * pattern.group_size
 
 
+def _queries(q: torch.Tensor) -> TensorDescriptor:
+    """[tokens, num_heads * head_size], for loads of half a tile of a head."""
+    num_tokens, num_heads, head_size = q.shape
+    return TensorDescriptor(
+        q, [num_tokens, num_heads * head_size], [q.stride(0), 1], [TILE_M.value // 2, head_size], SWIZZLED
+    )
+
+
 def _rows(tensor: torch.Tensor, columns: int) -> TensorDescriptor:
     """[rows, columns]: a tensor's memory, for loads of UNIT rows of a panel."""
     row = tensor.stride(-2 if tensor.dim() == 4 else 0)
@@ -360,3 +413,15 @@ def _rows(tensor: torch.Tensor, columns: int) -> TensorDescriptor:
         sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) // row
     )
     return TensorDescriptor(tensor, [last_row + 1, columns], [row, 1], [UNIT.value, PANEL.value], SWIZZLED)
+
+
+def _without_base(descriptor: TensorDescriptor) -> TensorDescriptor:
+    """A copy to make others of, which keeps no tensor alive."""
+    return _at(None, descriptor)
+
+
+def _at(tensor: torch.Tensor | None, like: TensorDescriptor) -> TensorDescriptor:
+    """The descriptor of a tensor like another one: what Triton checks of each new one has been checked."""
+    descriptor = copy(like)
+    descriptor.base = tensor
+    return descriptor

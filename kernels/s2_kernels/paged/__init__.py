@@ -2,5 +2,6 @@
 
 from s2_kernels.paged.dispatch import attend, write
 from s2_kernels.paged.requests import PagedRequests
+from s2_kernels.paged.step import LayerHeads, PagedStep
 
-__all__ = ["PagedRequests", "attend", "write"]
+__all__ = ["LayerHeads", "PagedRequests", "PagedStep", "attend", "write"]

@@ -7,7 +7,9 @@ import triton
 import triton.language as tl
 
 from s2_kernels.launch.configs import launch_config, shape_key
+from s2_kernels.launch.handle import KernelLaunch
 from s2_kernels.layout import HeadTables, TierLayout
+from s2_kernels.paged.calls import WriteCall, cache_strides
 from s2_kernels.pattern import S2Pattern
 
 
@@ -80,41 +82,57 @@ def cache_write_config(head_padded: int, dtype: torch.dtype) -> dict[str, int]:
     return launch_config("cache_write", shape_key(head_padded, dtype), {"ROWS": 16, "num_warps": 2})
 
 
-def write_cache(
+def prepare_write(
     key: torch.Tensor,
     value: torch.Tensor,
     window_cache: torch.Tensor,
     strided_cache: torch.Tensor,
     window_slots: torch.Tensor,
     strided_slots: torch.Tensor,
+    num_tokens: int,
     pattern: S2Pattern,
     tables: HeadTables,
-) -> None:
-    """`s2_kernels.paged.write` of as many tokens as slots, after its checks."""
-    tokens, _, head_size = key.shape
+) -> WriteCall:
+    """`s2_kernels.paged.write` of the first `num_tokens` tokens, one or more, after its checks."""
+    head_size = key.shape[2]
     layout = TierLayout(pattern, window_cache.shape[2])
     head_padded = triton.next_power_of_2(head_size)
     config = cache_write_config(head_padded, key.dtype)
-    cache_write_kernel[(triton.cdiv(tokens * pattern.num_kv_heads, config["ROWS"]),)](
-        key,
-        value,
-        window_cache,
-        strided_cache,
-        window_slots,
-        strided_slots,
-        tables.rank_of_residue,
-        tokens,
-        *key.stride()[:2],
-        *value.stride()[:2],
-        *window_cache.stride()[:3],
-        *strided_cache.stride()[:3],
-        NUM_KV_HEADS=pattern.num_kv_heads,
-        HEAD_SIZE=head_size,
-        HEAD_PADDED=head_padded,
-        PAGE_SLOTS=layout.page_slots,
-        STRIDED_PAGE_TOKENS=layout.strided_page_tokens,
-        BLOCK_SIZE=pattern.block_size,
-        VERT_STRIDE=pattern.vert_stride,
-        NUM_KEPT=pattern.num_kept,
-        **config,
-    )
+    arguments = {
+        "key": key,
+        "value": value,
+        "window_cache": window_cache,
+        "strided_cache": strided_cache,
+        "window_slots": window_slots,
+        "strided_slots": strided_slots,
+        "rank_of_residue": tables.rank_of_residue,
+        "num_tokens": num_tokens,
+        "key_stride_token": key.stride(0),
+        "key_stride_head": key.stride(1),
+        "value_stride_token": value.stride(0),
+        "value_stride_head": value.stride(1),
+        **cache_strides(window_cache, strided_cache),
+        "NUM_KV_HEADS": pattern.num_kv_heads,
+        "HEAD_SIZE": head_size,
+        "HEAD_PADDED": head_padded,
+        "PAGE_SLOTS": layout.page_slots,
+        "STRIDED_PAGE_TOKENS": layout.strided_page_tokens,
+        "BLOCK_SIZE": pattern.block_size,
+        "VERT_STRIDE": pattern.vert_stride,
+        "NUM_KEPT": pattern.num_kept,
+        "ROWS": config.pop("ROWS"),
+    }
+    grid = (triton.cdiv(num_tokens * pattern.num_kv_heads, arguments["ROWS"]),)
+    varying = ("key", "value", "window_cache", "strided_cache", "rank_of_residue")
+    launch = KernelLaunch(cache_write_kernel, grid, arguments, varying, **config)
+
+    def write(
+        key: torch.Tensor,
+        value: torch.Tensor,
+        window_cache: torch.Tensor,
+        strided_cache: torch.Tensor,
+        tables: HeadTables,
+    ) -> None:
+        launch(key, value, window_cache, strided_cache, tables.rank_of_residue)
+
+    return write

@@ -15,9 +15,11 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from s2_kernels.launch.configs import launch_config, shape_key
 from s2_kernels.launch.device import num_multiprocessors, nvidia_capability
+from s2_kernels.launch.handle import KernelLaunch
 from s2_kernels.launch.limits import LOG2_E, MIN_DOT_SIZE, local_blocks, padded_head_size
 from s2_kernels.layout import HeadTables
-from s2_kernels.paged.decode_combine import combine_partial_results
+from s2_kernels.paged.calls import AttendCall, attend_strides
+from s2_kernels.paged.decode_combine import prepare_combine
 from s2_kernels.paged.decode_schedule import (
     items_per_head,
     num_old_blocks,
@@ -276,7 +278,7 @@ def _has_pdl(device: torch.device) -> bool:
     return nvidia_capability(device) >= (9, 0) and not triton.knobs.runtime.interpret
 
 
-def paged_decode(
+def prepare_decode(
     q: torch.Tensor,
     requests: PagedRequests,
     pattern: S2Pattern,
@@ -284,8 +286,10 @@ def paged_decode(
     out: torch.Tensor,
     tables: HeadTables,
     num_programs: int | None = None,
-) -> None:
+) -> AttendCall:
     """`s2_kernels.paged.attend` of a batch of requests with one query each, or none, after its checks.
+
+    Calls share the memory of the partial results: they must follow each other on one stream.
 
     Args:
         num_programs: programs that share the keys of the batch; by default enough to fill the device.
@@ -319,35 +323,37 @@ def paged_decode(
         "BLOCK_N": config.pop("BLOCK_N"),
         "USE_PDL": _has_pdl(q.device),
     }
-    paged_decode_fwd_kernel[(num_programs,)](
-        q,
-        *requests,
-        tables.kept,
-        tables.rank,
-        out,
-        partial,
-        lse,
-        scale * LOG2_E,
-        num_requests,
-        *q.stride()[:2],
-        *requests.window_cache.stride()[:3],
-        *requests.strided_cache.stride()[:3],
-        requests.window_table.stride(0),
-        requests.strided_table.stride(0),
-        *out.stride()[:2],
-        PAGE_SLOTS=requests.window_cache.shape[2],
-        KEPT_PADDED=triton.next_power_of_2(pattern.num_kept),
-        BLOCK_M=max(MIN_DOT_SIZE, triton.next_power_of_2(pattern.group_size)),
+    arguments = {
+        "q": q,
+        **requests._asdict(),
+        "kept_residues": tables.kept,
+        "ranks": tables.rank,
+        "out": out,
+        "partial": partial,
+        "lse": lse,
+        "scale_log2": scale * LOG2_E,
+        "num_requests": num_requests,
+        **attend_strides(q, requests, out),
+        "PAGE_SLOTS": requests.window_cache.shape[2],
+        "KEPT_PADDED": triton.next_power_of_2(pattern.num_kept),
+        "BLOCK_M": max(MIN_DOT_SIZE, triton.next_power_of_2(pattern.group_size)),
         **schedule,
-        **config,
-    )
+    }
+    varying = ("q", "window_cache", "strided_cache", "out", "kept_residues", "ranks")
+    launch = KernelLaunch(paged_decode_fwd_kernel, (num_programs,), arguments, varying, **config)
+    combine = None
     if num_programs > 1:
-        combine_partial_results(
-            partial,
-            lse,
-            out,
-            requests.query_start_loc,
-            requests.seq_lens,
-            num_requests * pattern.num_kv_heads,
-            schedule,
-        )
+        combine = prepare_combine(partial, lse, out, requests, pattern, schedule)
+
+    def attend(
+        q: torch.Tensor,
+        window_cache: torch.Tensor,
+        strided_cache: torch.Tensor,
+        out: torch.Tensor,
+        tables: HeadTables,
+    ) -> None:
+        launch(q, window_cache, strided_cache, out, tables.kept, tables.rank)
+        if combine is not None:
+            combine(out)
+
+    return attend

@@ -7,7 +7,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
+from s2_kernels.launch.handle import KernelLaunch
 from s2_kernels.paged.decode_schedule import items_per_head, num_splits, request_ends, split_of_item
+from s2_kernels.paged.requests import PagedRequests
+from s2_kernels.pattern import S2Pattern
 from s2_kernels.tiles import load_tile_where
 
 MIN_CHUNK, MAX_CHUNK = 16, 64
@@ -105,36 +108,43 @@ def chunk_size(num_programs: int, num_heads: int) -> int:
     return min(MAX_CHUNK, max(MIN_CHUNK, triton.next_power_of_2(programs_per_head)))
 
 
-def combine_partial_results(
+def prepare_combine(
     partial: torch.Tensor,
     lse: torch.Tensor,
     out: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    num_heads: int,
+    requests: PagedRequests,
+    pattern: S2Pattern,
     schedule: dict[str, int],
-) -> None:
-    """Fill the rows of `out` that the first kernel has left to this one.
+) -> KernelLaunch:
+    """What fills the rows of `out`, or of one like it, that the first kernel has left to this one.
 
     Args:
-        partial, lse, out, query_start_loc, seq_lens: as the kernel documents them.
-        num_heads: KV heads of all requests together.
+        partial, lse, out: as the kernel documents them.
+        requests: of the batch.
+        pattern: of the heads.
         schedule: compile-time constants of the first kernel, which must be the same here.
     """
     num_programs = partial.shape[0]
-    num_requests = seq_lens.shape[0]
-    chunk = chunk_size(num_programs, num_heads)
-    paged_decode_combine_kernel[(num_requests, out.shape[1])](
-        partial,
-        lse,
-        out,
-        query_start_loc,
-        seq_lens,
-        num_requests,
-        num_programs,
-        *out.stride()[:2],
-        CHUNK=chunk,
-        num_warps=max(1, chunk * schedule["HEAD_PADDED"] // ELEMENTS_PER_WARP),
+    num_requests = len(requests.seq_lens)
+    chunk = chunk_size(num_programs, num_requests * pattern.num_kv_heads)
+    arguments = {
+        "partial": partial,
+        "lse": lse,
+        "out": out,
+        "query_start_loc": requests.query_start_loc,
+        "seq_lens": requests.seq_lens,
+        "num_requests": num_requests,
+        "num_programs": num_programs,
+        "out_stride_token": out.stride(0),
+        "out_stride_head": out.stride(1),
+        "CHUNK": chunk,
         **schedule,
+    }
+    return KernelLaunch(
+        paged_decode_combine_kernel,
+        (num_requests, pattern.num_heads),
+        arguments,
+        ("out",),
+        num_warps=max(1, chunk * schedule["HEAD_PADDED"] // ELEMENTS_PER_WARP),
         **({"launch_pdl": True} if schedule["USE_PDL"] else {}),
     )

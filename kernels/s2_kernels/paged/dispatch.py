@@ -1,5 +1,7 @@
 """The paged operations: one call each, which chooses between PyTorch, Triton and Hopper kernels.
 
+Each is also there in two steps, for an engine, whose layers make the same call with other tensors.
+
 Implementations are imported when a call first needs them: a process without a GPU needs no Triton.
 """
 
@@ -14,6 +16,7 @@ from s2_kernels import hopper
 from s2_kernels.launch import limits
 from s2_kernels.launch.choice import Impl, choose
 from s2_kernels.layout import HeadTables, head_tables
+from s2_kernels.paged.calls import AttendCall, WriteCall
 from s2_kernels.paged.checks import check_attend, check_write
 from s2_kernels.paged.requests import PagedRequests
 from s2_kernels.pattern import S2Pattern
@@ -49,42 +52,19 @@ def write(
         ValueError: an argument has a wrong shape or dtype, or `impl` does not take the call; the message
             names it.
     """
-    check_write(key, value, window_cache, strided_cache, window_slots, strided_slots, pattern)
-    triton_refusal = partial(
-        limits.refusal,
-        key.device,
-        key.dtype,
-        key.shape[2],
-        limits.MIN_DOT_SIZE,  # blocks of any size: nothing is multiplied
-        key=key,
-        value=value,
-        window_cache=window_cache,
-        strided_cache=strided_cache,
-        window_slots=window_slots,
-        strided_slots=strided_slots,
+    call = prepare_write(
+        key,
+        value,
+        window_cache,
+        strided_cache,
+        window_slots,
+        strided_slots,
+        pattern,
+        tables=tables,
+        impl=impl,
     )
-    chosen = choose(
-        impl, key.device, {"reference": _takes_all, "torch": _takes_all, "triton": triton_refusal}
-    )
-    tokens = min(key.shape[0], window_slots.shape[0])
-    new = (key[:tokens], value[:tokens])
-    caches = (window_cache, strided_cache)
-    slots = (window_slots[:tokens], strided_slots[:tokens])
-    if tokens == 0:
-        return
     tables = head_tables(pattern, key.device) if tables is None else tables
-    if chosen == "reference":
-        from s2_kernels.reference import cache_write_reference
-
-        cache_write_reference(*new, *caches, *slots, pattern)
-    elif chosen == "torch":
-        from s2_kernels.paged.torch_path import write_cache as torch_write_cache
-
-        torch_write_cache(*new, *caches, *slots, pattern, tables)
-    else:
-        from s2_kernels.paged.cache_write import write_cache
-
-        write_cache(*new, *caches, *slots, pattern, tables)
+    call(key, value, window_cache, strided_cache, tables)
 
 
 def attend(
@@ -122,52 +102,186 @@ def attend(
         ValueError: an argument has a wrong shape, dtype or value, or `impl` does not take the call; the
             message names it.
     """
-    check_attend(q, requests, pattern, scale, out)
-    triton_refusal = partial(
-        limits.refusal, q.device, q.dtype, q.shape[2], pattern.block_size, q=q, out=out, **requests._asdict()
+    call = prepare_attend(
+        q,
+        requests,
+        pattern,
+        scale,
+        out,
+        max_query_len=max_query_len,
+        max_seq_len=max_seq_len,
+        tables=tables,
+        impl=impl,
     )
+    tables = head_tables(pattern, q.device) if tables is None else tables
+    call(q, requests.window_cache, requests.strided_cache, out, tables)
+
+
+def prepare_write(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window_cache: torch.Tensor,
+    strided_cache: torch.Tensor,
+    window_slots: torch.Tensor,
+    strided_slots: torch.Tensor,
+    pattern: S2Pattern,
+    *,
+    tables: HeadTables | None = None,
+    impl: Impl | None = None,
+) -> WriteCall:
+    """`write`, checked and ready for any number of calls with other keys, values and caches like these.
+
+    Args: as of `write`.
+
+    Raises:
+        ValueError: as `write`.
+    """
+    check_write(key, value, window_cache, strided_cache, window_slots, strided_slots, pattern)
+    triton_refusal = partial(
+        limits.refusal,
+        key.device,
+        key.dtype,
+        key.shape[2],
+        limits.MIN_DOT_SIZE,  # blocks of any size: nothing is multiplied
+        key=key,
+        value=value,
+        window_cache=window_cache,
+        strided_cache=strided_cache,
+        window_slots=window_slots,
+        strided_slots=strided_slots,
+    )
+    chosen = choose(
+        impl, key.device, {"reference": _takes_all, "torch": _takes_all, "triton": triton_refusal}
+    )
+    tokens = min(key.shape[0], window_slots.shape[0])
+    if tokens == 0:
+        return _does_nothing
+    slots = (window_slots[:tokens], strided_slots[:tokens])
+    if chosen == "triton":
+        from s2_kernels.paged.cache_write import prepare_write as prepare
+
+        tables = head_tables(pattern, key.device) if tables is None else tables
+        return prepare(key, value, window_cache, strided_cache, *slots, tokens, pattern, tables)
+
+    def call(
+        key: torch.Tensor,
+        value: torch.Tensor,
+        window_cache: torch.Tensor,
+        strided_cache: torch.Tensor,
+        tables: HeadTables,
+    ) -> None:
+        new, caches = (key[:tokens], value[:tokens]), (window_cache, strided_cache)
+        if chosen == "reference":
+            from s2_kernels.reference import cache_write_reference
+
+            cache_write_reference(*new, *caches, *slots, pattern)
+        else:
+            from s2_kernels.paged import torch_path
+
+            torch_path.write_cache(*new, *caches, *slots, pattern, tables)
+
+    return call
+
+
+def prepare_attend(
+    q: torch.Tensor,
+    requests: PagedRequests,
+    pattern: S2Pattern,
+    scale: float,
+    out: torch.Tensor,
+    *,
+    max_query_len: int | None = None,
+    max_seq_len: int | None = None,
+    tables: HeadTables | None = None,
+    impl: Impl | None = None,
+) -> AttendCall:
+    """`attend`, checked and ready for any number of calls with other queries, caches and outputs like these.
+
+    Calls may share memory for results in between: they must follow each other on one stream.
+
+    Args: as of `attend`.
+
+    Raises:
+        ValueError: as `attend`.
+    """
+    check_attend(q, requests, pattern, scale, out)
     # Decode reads memory for most of its time: the portable kernel is as fast as that allows.
     is_decode = max_query_len == 1 and impl != "hopper"
-    hopper_refusal = partial(
-        hopper.refusal,
-        pattern,
-        q,
-        window_cache=requests.window_cache,
-        strided_cache=requests.strided_cache,
-    )
+    chosen = _choose_attend(q, requests, pattern, out, is_decode, impl)
+    if q.shape[0] == 0 or len(requests.seq_lens) == 0:
+        return _does_nothing
+    if chosen in ("triton", "hopper"):
+        tables = head_tables(pattern, q.device) if tables is None else tables
+        arguments = (q, requests, pattern, scale, out, tables)
+        if chosen == "hopper":
+            from s2_kernels.hopper import prefill as hopper_prefill
+
+            return hopper_prefill.prepare_prefill(*arguments, max_seq_len)
+        if is_decode:
+            from s2_kernels.paged.decode import prepare_decode
+
+            return prepare_decode(*arguments)
+        from s2_kernels.paged.prefill import prepare_prefill
+
+        return prepare_prefill(*arguments)
+
+    def call(
+        q: torch.Tensor,
+        window_cache: torch.Tensor,
+        strided_cache: torch.Tensor,
+        out: torch.Tensor,
+        tables: HeadTables,
+    ) -> None:
+        these = requests._replace(window_cache=window_cache, strided_cache=strided_cache)
+        if chosen == "reference":
+            from s2_kernels.reference import paged_attention_reference
+
+            tokens = int(requests.query_start_loc[-1])
+            out[:tokens] = paged_attention_reference(q, these, pattern, scale)[:tokens]
+        else:
+            from s2_kernels.paged import torch_path
+
+            torch_path.paged_attention(q, these, pattern, scale, out, tables)
+
+    return call
+
+
+def _choose_attend(
+    q: torch.Tensor,
+    requests: PagedRequests,
+    pattern: S2Pattern,
+    out: torch.Tensor,
+    is_decode: bool,
+    impl: Impl | None,
+) -> Impl:
     refusals: dict[Impl, Callable[[], str | None]] = {
         "reference": _takes_all,
         "torch": _takes_all,
-        "triton": triton_refusal,
+        "triton": partial(
+            limits.refusal,
+            q.device,
+            q.dtype,
+            q.shape[2],
+            pattern.block_size,
+            q=q,
+            out=out,
+            **requests._asdict(),
+        ),
     }
     if not is_decode:
-        refusals["hopper"] = hopper_refusal
-    chosen = choose(impl, q.device, refusals)
-    if q.shape[0] == 0 or len(requests.seq_lens) == 0:
-        return
-    tables = head_tables(pattern, q.device) if tables is None else tables
-    if chosen == "reference":
-        from s2_kernels.reference import paged_attention_reference
-
-        tokens = int(requests.query_start_loc[-1])
-        out[:tokens] = paged_attention_reference(q, requests, pattern, scale)[:tokens]
-    elif chosen == "torch":
-        from s2_kernels.paged.torch_path import paged_attention
-
-        paged_attention(q, requests, pattern, scale, out, tables)
-    elif chosen == "hopper":
-        from s2_kernels.hopper.prefill import paged_prefill_fwd
-
-        paged_prefill_fwd(q, requests, pattern, scale, out, tables, max_seq_len)
-    elif is_decode:
-        from s2_kernels.paged.decode import paged_decode
-
-        paged_decode(q, requests, pattern, scale, out, tables)
-    else:
-        from s2_kernels.paged.prefill import paged_prefill
-
-        paged_prefill(q, requests, pattern, scale, out, tables)
+        refusals["hopper"] = partial(
+            hopper.refusal,
+            pattern,
+            q,
+            window_cache=requests.window_cache,
+            strided_cache=requests.strided_cache,
+        )
+    return choose(impl, q.device, refusals)
 
 
 def _takes_all() -> None:
     """No refusal."""
+
+
+def _does_nothing(*_: object) -> None:
+    """The call for a batch without a token."""

@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 
 from s2_kernels.launch.configs import launch_config, shape_key
+from s2_kernels.launch.handle import KernelLaunch
 from s2_kernels.launch.limits import LOG2_E, MIN_DOT_SIZE, local_blocks, padded_head_size
 from s2_kernels.layout import HeadTables
+from s2_kernels.paged.calls import AttendCall, attend_strides
 from s2_kernels.paged.requests import UNALIGNED, PagedRequests
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.tiles import (
@@ -355,42 +357,51 @@ def prefill_config(head_padded: int, block_size: int, dtype: torch.dtype) -> dic
     return config | {"BLOCK_N": min(block_size, config["BLOCK_N"])}
 
 
-def paged_prefill(
+def prepare_prefill(
     q: torch.Tensor,
     requests: PagedRequests,
     pattern: S2Pattern,
     scale: float,
     out: torch.Tensor,
     tables: HeadTables,
-) -> None:
+) -> AttendCall:
     """`s2_kernels.paged.attend` of a batch of requests with any number of queries each, after its checks."""
     num_tokens, num_heads, head_size = q.shape
     num_requests = len(requests.seq_lens)
     head_padded = padded_head_size(head_size)
     config = prefill_config(head_padded, pattern.block_size, q.dtype)
-    num_tiles = first_tile(num_tokens, num_requests, config["BLOCK_M"])
-    paged_prefill_fwd_kernel[(num_heads, num_tiles)](
-        q,
-        *requests,
-        tables.residue,
-        tables.rank,
-        out,
-        scale * LOG2_E,
-        num_requests,
-        *q.stride()[:2],
-        *requests.window_cache.stride()[:3],
-        *requests.strided_cache.stride()[:3],
-        requests.window_table.stride(0),
-        requests.strided_table.stride(0),
-        *out.stride()[:2],
-        GROUP_SIZE=pattern.group_size,
-        HEAD_SIZE=head_size,
-        HEAD_PADDED=head_padded,
-        PAGE_SLOTS=requests.window_cache.shape[2],
-        BLOCK_SIZE=pattern.block_size,
-        LOCAL_BLOCKS=local_blocks(pattern),
-        VERT_STRIDE=pattern.vert_stride,
-        NUM_KEPT=pattern.num_kept,
-        MIN_TILE=MIN_DOT_SIZE,
-        **config,
-    )
+    arguments = {
+        "q": q,
+        **requests._asdict(),
+        "residues": tables.residue,
+        "ranks": tables.rank,
+        "out": out,
+        "scale_log2": scale * LOG2_E,
+        "num_requests": num_requests,
+        **attend_strides(q, requests, out),
+        "GROUP_SIZE": pattern.group_size,
+        "HEAD_SIZE": head_size,
+        "HEAD_PADDED": head_padded,
+        "PAGE_SLOTS": requests.window_cache.shape[2],
+        "BLOCK_SIZE": pattern.block_size,
+        "LOCAL_BLOCKS": local_blocks(pattern),
+        "VERT_STRIDE": pattern.vert_stride,
+        "NUM_KEPT": pattern.num_kept,
+        "MIN_TILE": MIN_DOT_SIZE,
+        "BLOCK_M": config.pop("BLOCK_M"),
+        "BLOCK_N": config.pop("BLOCK_N"),
+    }
+    grid = (num_heads, first_tile(num_tokens, num_requests, arguments["BLOCK_M"]))
+    varying = ("q", "window_cache", "strided_cache", "out", "residues", "ranks")
+    launch = KernelLaunch(paged_prefill_fwd_kernel, grid, arguments, varying, **config)
+
+    def attend(
+        q: torch.Tensor,
+        window_cache: torch.Tensor,
+        strided_cache: torch.Tensor,
+        out: torch.Tensor,
+        tables: HeadTables,
+    ) -> None:
+        launch(q, window_cache, strided_cache, out, tables.residue, tables.rank)
+
+    return attend

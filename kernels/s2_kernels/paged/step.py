@@ -1,0 +1,169 @@
+"""One step of an engine: what its sparse layers have in common is checked and prepared once.
+
+They all write and attend for the same requests, to tensors of the same shapes; only the addresses differ.
+Outside CUDA graphs the host pays for every layer, and short prompts would wait for it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from s2_kernels.launch.choice import Impl
+from s2_kernels.layout import HeadTables
+from s2_kernels.paged.calls import AttendCall, WriteCall
+from s2_kernels.paged.dispatch import prepare_attend, prepare_write
+from s2_kernels.paged.requests import PagedRequests
+from s2_kernels.pattern import S2Pattern
+
+
+class LayerHeads(NamedTuple):
+    """What a layer of its own brings to each of its steps, and what layers of one kind share.
+
+    Attributes:
+        pattern: the pattern of its heads.
+        scale: factor on the logits.
+        impl: the kernels to run; None for the fastest that take a call.
+    """
+
+    pattern: S2Pattern
+    scale: float
+    impl: Impl | None
+
+
+class _Prepared(NamedTuple):
+    heads: LayerHeads
+    write: WriteCall
+    decodes: AttendCall | None
+    others: AttendCall | None
+
+
+class PagedStep:
+    """The requests of a step, those with one query (decodes) first.
+
+    Args:
+        window_table, strided_table: int32 [requests, pages].
+        window_slots, strided_slots: int64 [tokens], -1 for padding.
+        query_start_loc: int32 [requests + 1].
+        seq_lens: int32 [requests].
+        num_tokens: tokens of the batch, padding included.
+        num_decodes: leading requests with at most one query.
+        num_decode_tokens: their tokens.
+        max_seq_len: the longest of the sequences, or a bound.
+    """
+
+    def __init__(
+        self,
+        window_table: torch.Tensor,
+        strided_table: torch.Tensor,
+        window_slots: torch.Tensor,
+        strided_slots: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        *,
+        num_tokens: int,
+        num_decodes: int,
+        num_decode_tokens: int,
+        max_seq_len: int,
+    ) -> None:
+        self._tables = (window_table, strided_table)
+        self._slots = (window_slots, strided_slots)
+        self._lengths = (query_start_loc, seq_lens)
+        self._tokens = num_tokens
+        self._decodes = num_decodes
+        self._decode_tokens = num_decode_tokens
+        self._max_seq_len = max_seq_len
+        self._prepared: dict[tuple[object, ...], _Prepared] = {}
+
+    def run_layer(
+        self,
+        q: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        window_cache: torch.Tensor,
+        strided_cache: torch.Tensor,
+        out: torch.Tensor,
+        heads: LayerHeads,
+        tables: HeadTables,
+    ) -> None:
+        """Store a layer's new keys and values in both tiers, then attend.
+
+        Args:
+            q: [tokens, num_heads, head_size]; this, `key`, `value` and `out` may have more tokens than the
+                step.
+            key, value: [tokens, num_kv_heads, head_size].
+            window_cache, strided_cache: [pages, num_kv_heads, page_slots, 2 * head_size].
+            out: as q; rows of padding are left as they are.
+            heads: of the layer. One object for all layers of a kind: it is what they are told by.
+            tables: of the layer's pattern.
+
+        Raises:
+            ValueError: as `s2_kernels.paged.write` and `attend`.
+        """
+        tensors = (q, key, value, window_cache, strided_cache, out)
+        kind = (id(heads), *map(_likeness, tensors))
+        prepared = self._prepared.get(kind)
+        if prepared is None:
+            prepared = self._prepare(*tensors, heads, tables)
+            self._prepared[kind] = prepared
+        prepared.write(key, value, window_cache, strided_cache, tables)
+        if prepared.decodes is not None:
+            prepared.decodes(q, window_cache, strided_cache, out, tables)
+        if prepared.others is not None:
+            rows = slice(self._decode_tokens, self._tokens)
+            prepared.others(q[rows], window_cache, strided_cache, out[rows], tables)
+
+    def _prepare(
+        self,
+        q: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        window_cache: torch.Tensor,
+        strided_cache: torch.Tensor,
+        out: torch.Tensor,
+        heads: LayerHeads,
+        tables: HeadTables,
+    ) -> _Prepared:
+        caches = (window_cache, strided_cache)
+        write = prepare_write(
+            key[: self._tokens],
+            value[: self._tokens],
+            *caches,
+            *self._slots,
+            heads.pattern,
+            tables=tables,
+            impl=heads.impl,
+        )
+        requests = PagedRequests(*caches, *self._tables, *self._lengths)
+        decodes = others = None
+        if self._decodes:
+            decodes = prepare_attend(
+                q[: self._decode_tokens],
+                requests.first(self._decodes),
+                heads.pattern,
+                heads.scale,
+                out[: self._decode_tokens],
+                max_query_len=1,
+                tables=tables,
+                impl=heads.impl,
+            )
+        if self._decodes < len(requests.seq_lens):
+            rows = slice(self._decode_tokens, self._tokens)
+            query_start_loc = requests.query_start_loc[self._decodes :] - self._decode_tokens
+            others = prepare_attend(
+                q[rows],
+                requests.after(self._decodes, query_start_loc),
+                heads.pattern,
+                heads.scale,
+                out[rows],
+                max_seq_len=self._max_seq_len,
+                tables=tables,
+                impl=heads.impl,
+            )
+        return _Prepared(heads, write, decodes, others)
+
+
+def _likeness(tensor: torch.Tensor) -> tuple[object, ...]:
+    """What tensors of prepared calls must have in common; Triton compiles for an alignment to 16 bytes."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16
