@@ -51,6 +51,44 @@ def test_defaults_on_a_gpu_without_a_table(
     assert launch_config("decode", "head64", DEFAULTS) == DEFAULTS
 
 
+@pytest.mark.parametrize(
+    ("name", "tables", "taken"),
+    [
+        ("NVIDIA H100 80GB HBM3", ("H100", "H200"), "H100"),
+        ("NVIDIA H100 PCIe", ("H100", "H200"), "H100"),
+        ("NVIDIA H100 NVL", ("H100", "H200"), "H100"),
+        ("NVIDIA H800", ("H100", "H200"), "H100"),
+        ("NVIDIA H100 PCIe", ("H200",), "H200"),
+        ("NVIDIA H200 NVL", ("H100", "H200"), "H200"),
+        ("NVIDIA GH200 480GB", ("H100", "H200"), "H200"),
+        ("NVIDIA H20", ("H100", "H200"), "H200"),
+        ("NVIDIA A100-SXM4-80GB", ("H100", "H200"), None),
+        ("NVIDIA GeForce RTX 4090", ("H100", "H200"), None),
+        ("NVIDIA B200", ("H100", "H200"), None),
+    ],
+    ids=str,
+)
+def test_the_table_of_a_relative(
+    gpu: str, name: str, tables: tuple[str, ...], taken: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every Hopper GPU takes a table of Hopper's chip, that of the nearest memory; others take none."""
+    full_names = {"H100": "NVIDIA H100 80GB HBM3", "H200": "NVIDIA H200"}
+    warps = {"H100": 1, "H200": 2}
+    for table in tables:
+        path = table_path(full_names[table])
+        path.write_text(json.dumps({"decode": {"head64": {"num_warps": warps[table]}}}))
+    monkeypatch.setattr(configs, "current_gpu", lambda: name)
+    expected = DEFAULTS["num_warps"] if taken is None else warps[taken]
+    assert launch_config("decode", "head64", DEFAULTS)["num_warps"] == expected
+
+
+def test_its_own_table_comes_first(gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, warps in (("NVIDIA H100 PCIe", 8), ("NVIDIA H100 80GB HBM3", 1)):
+        table_path(name).write_text(json.dumps({"decode": {"head64": {"num_warps": warps}}}))
+    monkeypatch.setattr(configs, "current_gpu", lambda: "NVIDIA H100 PCIe")
+    assert launch_config("decode", "head64", DEFAULTS)["num_warps"] == 8
+
+
 def test_trial_overrides_one_operation_and_tells_the_shapes(gpu: str) -> None:
     with trial("decode", {"num_warps": 8}) as shapes:
         assert launch_config("decode", "head64", DEFAULTS) == {"BLOCK_N": 64, "num_warps": 8}
