@@ -45,31 +45,32 @@ def main() -> int:
     listed = _listed(LIST.read_text())
     made, survived = 0, []
     for module in modules:
-        mutated, left = _run(module, arguments.processes)
+        mutated, left = _run(module, arguments.processes, listed)
         made += mutated
         survived += left
-    unlisted = [mutant for mutant in survived if mutant not in listed]
-    for mutant in unlisted:
-        print(f"\n{mutant}")
     for mutant in sorted(listed.difference(survived)):
         if mutant.split()[0] in modules:
             print(f"\nListed in {LIST.name}, but no survivor:\n{mutant}")
-    killed = made - len(survived)
+    killed, unlisted = made - len(survived), [mutant for mutant in survived if mutant not in listed]
     print(
         f"\n{killed} of {made} mutants killed ({killed / made:.1%}); {len(unlisted)} survive without a reason"
     )
     return int(killed < KILLED_AT_LEAST * made or bool(unlisted))
 
 
-def _run(module: str, processes: int) -> tuple[int, list[str]]:
-    """The number of a module's mutants, and those that survive."""
+def _run(module: str, processes: int, listed: set[str]) -> tuple[int, list[str]]:
+    """The number of a module's mutants, and those that survive; prints those that are not `listed`."""
     start = time.monotonic()
     file = _file(module)
     tests = [TESTS[module]]
     runner.preload(tests)
     limit = 10 + round(5 * runner.processor_seconds(tests))
     made = mutants(module, file.read_text())
-    left = [str(mutant) for mutant in runner.survivors(made, file, tests, limit, processes)]
+    left = []
+    for mutant in runner.survivors(made, file, tests, limit, processes):
+        left.append(str(mutant))
+        if left[-1] not in listed:
+            print(f"Survives:\n{mutant}\n", flush=True)
     minutes = (time.monotonic() - start) / 60
     print(f"{module}: {len(made) - len(left)} of {len(made)} killed in {minutes:.1f} minutes", flush=True)
     return len(made), left
