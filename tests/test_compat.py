@@ -96,7 +96,7 @@ def test_spawned_processes_get_the_layers_first(
     assert (entered[0] == "install_layers") == bool(modules)
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "0.3.2", "0.320.0", "1.0.0", "dev"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "0.3.2", "0.320.0", "1.0.0", "dev"])
 @pytest.mark.parametrize("modules", [*SPAWNED, []], ids=["engine", "worker", "main"])
 def test_any_other_vllm_is_left_alone(
     verified: list[Any],
@@ -112,10 +112,12 @@ def test_any_other_vllm_is_left_alone(
         s2_vllm.register()
     assert not entered
     (warning,) = warnings
-    assert warning.startswith(f"S2-Attention is off: vllm: version {version}, expected 0.32.*. Models")
+    assert warning.startswith(
+        f"S2-Attention is off: vllm: version {version}, expected 0.32.* or 0.33.*. Models"
+    )
     verify(NO_PATTERN)
     assert verified == [NO_PATTERN]
-    message = rf"^vllm: version {version}, expected 0\.32\.\* for a model with 's2_attention'$"
+    message = rf"^vllm: version {version}, expected 0\.32\.\* or 0\.33\.\* for a model with 's2_attention'$"
     with pytest.raises(S2ConfigError, match=message):
         verify(PATTERN)
     assert verified == [NO_PATTERN]
@@ -128,7 +130,10 @@ def test_a_vllm_without_the_hook(
     monkeypatch.delattr(VllmConfig, HOOK)
     s2_vllm.register()
     (warning,) = warnings
-    assert "version 0.1.0, expected 0.32.*. Serve no model with a pattern: this vLLM would take it" in warning
+    assert (
+        "version 0.1.0, expected 0.32.* or 0.33.*. Serve no model with a pattern: this vLLM would take it"
+        in warning
+    )
     assert not hasattr(VllmConfig, HOOK)
 
 
@@ -165,10 +170,12 @@ def test_real_configurations_under_another_vllm(
     configure()
     monkeypatch.setattr(VllmConfig, HOOK, getattr(VllmConfig, HOOK))
     monkeypatch.setattr(compat, "install", cache(compat.install.__wrapped__))
-    monkeypatch.setattr(vllm, "__version__", "0.33.0")
+    monkeypatch.setattr(vllm, "__version__", "0.34.0")
     s2_vllm.register()
     assert configure().model_config.architecture == "LlamaForCausalLM"
-    with pytest.raises(ValueError, match=r"vllm: version 0\.33\.0, expected 0\.32\.\* for a model with"):
+    with pytest.raises(
+        ValueError, match=r"vllm: version 0\.34\.0, expected 0\.32\.\* or 0\.33\.\* for a model with"
+    ):
         configure(s2_attention={"local_blocks": 2, "vert_stride": 4})
     assert len(warnings) == 1
 

