@@ -8,8 +8,6 @@ Programs are persistent, so that the loads for a tile begin while the one before
 
 from __future__ import annotations
 
-from copy import copy
-
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -249,7 +247,6 @@ def prepare_prefill(
         max_seq_len=max_seq_len
         or strided_table.shape[1] * page_slots * pattern.vert_stride // pattern.num_kept,
     )
-    queries, window, strided = (_without_base(descriptor) for descriptor in (queries, window, strided))
 
     def attend(
         q: torch.Tensor,
@@ -258,18 +255,13 @@ def prepare_prefill(
         out: torch.Tensor,
         tables: HeadTables,
     ) -> None:
-        window_rows, strided_rows = _at(window_cache, window), _at(strided_cache, strided)
-        launch(
-            _at(q, queries),
-            window_rows,
-            window_rows,
-            strided_rows,
-            strided_rows,
-            out,
-            tables.residue,
-            tables.rank,
-        )
+        # The descriptors of the launch, moved: what Triton checks of each new one has been checked.
+        queries.base, window.base, strided.base = q, window_cache, strided_cache
+        launch(queries, window, window, strided, strided, out, tables.residue, tables.rank)
+        # No tensor is kept alive from here.
+        queries.base = window.base = strided.base = None
 
+    queries.base = window.base = strided.base = None
     return attend
 
 
@@ -413,15 +405,3 @@ def _rows(tensor: torch.Tensor, columns: int) -> TensorDescriptor:
         sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) // row
     )
     return TensorDescriptor(tensor, [last_row + 1, columns], [row, 1], [UNIT.value, PANEL.value], SWIZZLED)
-
-
-def _without_base(descriptor: TensorDescriptor) -> TensorDescriptor:
-    """A copy to make others of, which keeps no tensor alive."""
-    return _at(None, descriptor)
-
-
-def _at(tensor: torch.Tensor | None, like: TensorDescriptor) -> TensorDescriptor:
-    """The descriptor of a tensor like another one: what Triton checks of each new one has been checked."""
-    descriptor = copy(like)
-    descriptor.base = tensor
-    return descriptor
