@@ -199,6 +199,68 @@ def test_a_long_rope_serves_its_original_length_unless_asked(tmp_path: Path) -> 
     assert found.max_model_len(4096) == 4096
 
 
+def unknown_type(without: str, **keys: Any) -> HFConfig:
+    """Llama's keys under a type that no class knows: all but `without`, and `keys`."""
+    kept = {key: value for key, value in LLAMA.items() if key != without}
+    config = SimpleNamespace(**kept | {"model_type": "nobody-knows-it"} | keys)
+    return HFConfig(config, config)
+
+
+@pytest.mark.parametrize(
+    ("without", "name"),
+    [
+        *(("num_hidden_layers", name) for name in ("n_layer", "n_layers", "num_layers")),
+        *(("num_attention_heads", name) for name in ("n_head", "n_heads")),
+        *(("hidden_size", name) for name in ("n_embd", "d_model")),
+    ],
+)
+def test_other_names_where_no_class_maps_them(without: str, name: str, tmp_path: Path) -> None:
+    config = {key: value for key, value in LLAMA.items() if key != without}
+    found = read(tmp_path, config | {"model_type": "nobody-knows-it", name: LLAMA[without]})
+    assert found.geometry(2) == ModelGeometry(3, 4, 2, 24, 2)
+
+
+def test_names_of_kv_heads_and_lengths_are_those_that_vllm_looks_for() -> None:
+    """vLLM's own functions say which keys they ask a configuration for, and in which order."""
+    asked: list[str] = []
+
+    class Recorder:
+        num_attention_heads = 4
+
+        def __getattr__(self, name: str) -> None:
+            asked.append(name)
+            raise AttributeError(name)
+
+    convertor = ModelArchConfigConvertorBase(Recorder(), Recorder())
+    assert convertor.get_total_num_kv_heads() == 4
+    kv_heads = list(asked)
+    asked.clear()
+    convertor.derive_max_model_len_and_key()
+    lengths = set(asked)
+    assert {"num_key_value_heads", "num_attention_groups"} <= set(kv_heads)
+    assert {"max_position_embeddings", "seq_len"} <= lengths
+    for n, name in enumerate(kv_heads):
+        later = dict.fromkeys(kv_heads[n + 1 :], 4)
+        assert unknown_type("num_key_value_heads", **later, **{name: 2}).geometry(2).num_kv_heads == 2, name
+    for name in lengths:
+        assert unknown_type("max_position_embeddings", **{name: 77}).max_model_len(None) == 77, name
+
+
+@pytest.mark.parametrize(
+    ("kind", "length"),
+    [
+        ("linear", 1000),
+        ("dynamic", 1000),
+        *((kind, 100) for kind in ("su", "longrope", "llama3", "yarn")),
+        *((kind, 100) for kind in ("deepseek_yarn", "deepseek_llama_scaling")),
+    ],
+)
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_ropes_whose_factor_is_in_the_length(kind: str, length: int, key: str) -> None:
+    rope = {key: kind, "factor": 10.0}
+    assert unknown_type("", max_position_embeddings=100, rope_parameters=rope).max_model_len(None) == length
+
+
 @both_readers
 def test_a_model_without_a_length(tmp_path: Path) -> None:
     config = {key: value for key, value in LLAMA.items() if key != "max_position_embeddings"}
@@ -425,6 +487,8 @@ def test_a_type_that_nobody_knows(model_type: Any, tmp_path: Path) -> None:
 def test_keys_that_a_known_type_may_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     falcon = read(tmp_path, LLAMA | {"model_type": "RefinedWebModel", "multi_query": True})
+    assert falcon.geometry(2).num_kv_heads == 1
+    falcon = read(tmp_path, LLAMA | {"model_type": "RefinedWeb", "multi_query": True})
     assert falcon.geometry(2).num_kv_heads == 1
     assert read(tmp_path, LLAMA | {"model_type": "RefinedWeb"}).geometry(2).num_kv_heads == 2
     assert read(tmp_path, LLAMA | {"model_type": "llama", "multi_query": True}).geometry(2).num_kv_heads == 2
