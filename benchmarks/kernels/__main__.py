@@ -23,7 +23,7 @@ from benchmarks.kernels.implementations import IMPLEMENTATIONS
 from benchmarks.kernels.report import Record, line, tables
 from benchmarks.kernels.run import DTYPE, Measure, run_case
 from benchmarks.kernels.timing import Launch, median_ms
-from benchmarks.results_file import write_results
+from benchmarks.results_file import gpu_name, write_results
 from s2_vllm.cli import positive_int
 
 SECONDS, QUICK_SECONDS = 0.3, 0.1
@@ -70,12 +70,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/kernels-<gpu>.json")
     return parser.parse_args(arguments)
-
-
-def gpu_name(device: torch.device) -> str:
-    """The GPU's name as part of a file name: "NVIDIA H200" is h200."""
-    name = torch.cuda.get_device_name(device).lower().removeprefix("nvidia ")
-    return "".join(letter if letter.isalnum() else "-" for letter in name)
 
 
 def ceilings(device: torch.device, measure: Measure) -> list[Record]:

@@ -1,0 +1,92 @@
+"""What is written: a record per repetition, in one file per GPU, to which later runs add."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.results_file import PACKAGES, load_results, write_results
+
+Record = dict[str, Any]
+
+KEY = (
+    "workload",
+    "load",
+    "geometry",
+    "variant",
+    "tensor_parallel_size",
+    "prompt_tokens",
+    "output_tokens",
+    "request_rate",
+)
+"""What a measurement is known by. Its repetitions have these fields in common."""
+
+SAME_IN_A_FILE = ("gpus", "driver", "python", *PACKAGES)
+"""Of the header: what has to be the same for records to be in one file."""
+
+OF_A_RUN = ("date", "command", "commit", "tensor_parallel_size", "flags")
+"""Of the header: what is kept of every run that has records in the file, under "runs"."""
+
+
+def key(record: Record) -> tuple[Any, ...]:
+    return tuple(record.get(name) for name in KEY)
+
+
+class ResultFile:
+    """A result file that grows with every record, and keeps what other runs have written.
+
+    A measurement that is made again replaces the older run's repetitions of it, all of them. The header is
+    that of the last run; records name their run by its date.
+
+    Args:
+        path: of the file, which may be there already.
+        header: of this run, with "tensor_parallel_size" and "flags".
+
+    Raises:
+        ValueError: the file that is there was written on another GPU or with other versions, or is none.
+    """
+
+    def __init__(self, path: Path, header: Record) -> None:
+        self.path = path
+        self.records: list[Record] = []
+        run = {name: header[name] for name in OF_A_RUN}
+        self._header = {**header, "runs": [run]}
+        if path.exists():
+            self._continue(*load_results(path))
+
+    def _continue(self, header: Record, records: list[Record]) -> None:
+        if "runs" not in header:
+            raise ValueError(f"{self.path}: expected a file from benchmarks.engine")
+        for name in SAME_IN_A_FILE:
+            found, expected = header.get(name), self._header.get(name)
+            if found != expected:
+                raise ValueError(f"{self.path}: results with {name} {found}, expected {expected}, as now")
+        self._header["runs"] = [*header["runs"], *self._header["runs"]]
+        self.records = records
+
+    def add(self, record: Record) -> None:
+        """Write `record` as well, in place of older runs' of the same measurement."""
+        date = self._header["date"]
+        self.records = [other for other in self.records if other["run"] == date or key(other) != key(record)]
+        self.records.append({**record, "run": date})
+        dates = {record["run"] for record in self.records}
+        runs = [run for run in self._header["runs"] if run["date"] in dates]
+        write_results(self.path, self.records, {**self._header, "runs": runs})
+
+
+def medians(records: Iterable[Record]) -> list[Record]:
+    """A record per measurement: the medians of its repetitions' numbers; all else is the first one's."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return [_median(group) for group in groups.values()]
+
+
+def _median(group: list[Record]) -> Record:
+    merged = dict(group[0])
+    for name, value in group[0].items():
+        if isinstance(value, int | float) and name not in KEY:
+            merged[name] = median(record[name] for record in group)
+    return merged | {"repetitions": len(group)}

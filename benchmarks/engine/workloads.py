@@ -1,0 +1,103 @@
+"""What is measured: requests of which lengths, and how many of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+WORKLOADS = ("latency", "throughput", "serve")
+LOADS = ("batch", "pool")
+"""Of throughput: the same number of requests for both variants, or as many as an engine's memory holds."""
+
+LENGTHS = {
+    "latency": (512, 2048, 8192, 32768, 129024),
+    "throughput": (256, 1024, 8192, 32768, 129024),
+}
+TINY_LENGTHS = {"latency": (64, 200), "throughput": (48, 200)}
+
+LATENCY_OUTPUT_TOKENS = 64
+# Short prompts are served several times in a repetition: what a single one of 20 ms takes is chance.
+SHORT_TOKENS = 8192
+SHORT_REQUESTS = 5
+
+# The same batch: 200 x 256, 64 x 1,024, 8 x 8,192 and so on.
+BATCH_TOKENS = 65536
+BATCH_REQUESTS = 200
+# A long prompt's decode is measured over more tokens, since its requests start at long intervals.
+LONG_TOKENS = 65536
+LONG_OUTPUT_TOKENS = 1024
+
+WARM_UP_TOKENS = 131072
+WARM_UP_OUTPUT_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Requests of one length, served offline by one engine.
+
+    Attributes:
+        workload: "latency", one request after the other, or "throughput", all at once.
+        load: of throughput, one of LOADS; of latency, "single".
+        prompt_tokens, output_tokens: of every request.
+        requests: how many; None for as many as the engine's memory holds.
+        repetitions: how many times.
+    """
+
+    workload: str
+    load: str
+    prompt_tokens: int
+    output_tokens: int
+    requests: int | None
+    repetitions: int
+
+    @property
+    def tokens(self) -> int:
+        """Of a request."""
+        return self.prompt_tokens + self.output_tokens
+
+    def warm_up_requests(self, requests: int) -> int:
+        """How many of a wave's requests go before it, for kernels to be compiled."""
+        return max(1, min(requests, WARM_UP_TOKENS // self.prompt_tokens))
+
+    def record(self, requests: int) -> dict[str, Any]:
+        """What the records of this measurement, with so many requests, have in common."""
+        return {
+            "workload": self.workload,
+            "load": self.load,
+            "prompt_tokens": self.prompt_tokens,
+            "output_tokens": self.output_tokens,
+            "requests": requests,
+        }
+
+    def refusal(self, reason: str) -> dict[str, Any]:
+        """The record of an engine that cannot do this."""
+        return self.record(0) | {"reason": reason}
+
+
+def latency(length: int, repetitions: int, tiny: bool = False) -> Measurement:
+    """One request of `length` tokens at a time."""
+    requests = SHORT_REQUESTS if length <= SHORT_TOKENS and not tiny else 1
+    output_tokens = 4 if tiny else LATENCY_OUTPUT_TOKENS
+    return Measurement("latency", "single", length, output_tokens, requests, repetitions)
+
+
+def throughput(length: int, load: str, repetitions: int, tiny: bool = False) -> Measurement:
+    """Requests of `length` tokens, all at once."""
+    requests = max(1, min(BATCH_REQUESTS, BATCH_TOKENS // length))
+    if tiny:
+        requests = 3
+    return Measurement(
+        "throughput",
+        load,
+        length,
+        throughput_output_tokens(length, tiny),
+        requests if load == "batch" else None,
+        repetitions,
+    )
+
+
+def throughput_output_tokens(length: int, tiny: bool = False) -> int:
+    """64 tokens of a prompt of 256 and 128 of one of 1,024 and more, but 1,024 of a long one."""
+    if tiny:
+        return 4
+    return LONG_OUTPUT_TOKENS if length > LONG_TOKENS else 64 if length <= 512 else 128
