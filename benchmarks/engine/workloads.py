@@ -23,9 +23,9 @@ SHORT_REQUESTS = 5
 # The same batch: 200 x 256, 64 x 1,024, 8 x 8,192 and so on.
 BATCH_TOKENS = 65536
 BATCH_REQUESTS = 200
-# A long prompt's decode is measured over more tokens, since its requests start at long intervals.
-LONG_TOKENS = 65536
-LONG_OUTPUT_TOKENS = 1024
+# (shortest prompt, output tokens): the longer the prompts, the longer the intervals at which they start, and
+# all of them are to decode together in the end.
+OUTPUT_TOKENS = ((65536, 1024), (4096, 256), (1024, 128), (0, 64))
 
 WARM_UP_TOKENS = 131072
 WARM_UP_OUTPUT_TOKENS = 8
@@ -97,7 +97,5 @@ def throughput(length: int, load: str, repetitions: int, tiny: bool = False) -> 
 
 
 def throughput_output_tokens(length: int, tiny: bool = False) -> int:
-    """64 tokens of a prompt of 256 and 128 of one of 1,024 and more, but 1,024 of a long one."""
-    if tiny:
-        return 4
-    return LONG_OUTPUT_TOKENS if length > LONG_TOKENS else 64 if length <= 512 else 128
+    """Output tokens of each request of a throughput measurement."""
+    return 4 if tiny else next(tokens for shortest, tokens in OUTPUT_TOKENS if length >= shortest)
