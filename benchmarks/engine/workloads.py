@@ -27,6 +27,15 @@ BATCH_REQUESTS = 200
 # all of them are to decode together in the end.
 OUTPUT_TOKENS = ((65536, 1024), (4096, 256), (1024, 128), (0, 64))
 
+MIX = {256: 0.3, 1024: 0.25, 4096: 0.2, 8192: 0.15, 32768: 0.1}
+"""Of serving: the prompts' lengths, and how many have them."""
+TINY_MIX = {32: 0.25, 64: 0.25, 200: 0.25, 400: 0.25}
+SERVE_OUTPUT_TOKENS = 128
+LEAST_REQUESTS = 20
+REQUEST_RATES = (1.0, 2.0, 4.0, 8.0)
+SLO = {"ttft": 3000.0, "tpot": 50.0}
+"""What a good request keeps to, in milliseconds."""
+
 WARM_UP_TOKENS = 131072
 WARM_UP_OUTPUT_TOKENS = 8
 
@@ -99,3 +108,55 @@ def throughput(length: int, load: str, repetitions: int, tiny: bool = False) -> 
 def throughput_output_tokens(length: int, tiny: bool = False) -> int:
     """Output tokens of each request of a throughput measurement."""
     return 4 if tiny else next(tokens for shortest, tokens in OUTPUT_TOKENS if length >= shortest)
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Requests of mixed lengths that arrive at a server as a Poisson process.
+
+    Attributes:
+        request_rate: requests per second.
+        requests: how many.
+        mix: shares of the requests, by prompt tokens.
+        output_tokens: of every request.
+        slo: milliseconds that a good request keeps to, by "ttft", "tpot" or "e2el".
+        repetitions: how many times.
+    """
+
+    request_rate: float
+    requests: int
+    mix: dict[int, float]
+    output_tokens: int
+    slo: dict[str, float]
+    repetitions: int
+
+    @property
+    def tokens(self) -> int:
+        """Of the longest request."""
+        return max(self.mix) + self.output_tokens
+
+    def record(self, requests: int) -> dict[str, Any]:
+        """What the records of this traffic, with so many requests, have in common."""
+        return {
+            "workload": "serve",
+            "load": "mix",
+            "prompt_tokens": round(sum(length * share for length, share in self.mix.items())),
+            "output_tokens": self.output_tokens,
+            "request_rate": self.request_rate,
+            "requests": requests,
+            "mix": self.mix,
+            "slo": self.slo,
+        }
+
+    def refusal(self, reason: str) -> dict[str, Any]:
+        """The record of an engine that cannot do this."""
+        return self.record(0) | {"reason": reason}
+
+
+def traffic(
+    rate: float, seconds: float, slo: dict[str, float], repetitions: int, tiny: bool = False
+) -> Traffic:
+    """The mix at `rate` requests per second, for about so many seconds."""
+    requests = max(LEAST_REQUESTS, round(rate * seconds))
+    mix, output_tokens = (TINY_MIX, 4) if tiny else (MIX, SERVE_OUTPUT_TOKENS)
+    return Traffic(rate, requests, mix, output_tokens, slo, repetitions)
