@@ -27,7 +27,8 @@ from benchmarks.engine.checkpoint import model_config, write_checkpoint
 from benchmarks.engine.kv_cache import KVCacheFacts
 from benchmarks.engine.options import all_traffic, engine_flags, measurements, parse
 from benchmarks.engine.processes import memory_reason
-from benchmarks.engine.records import ResultFile
+from benchmarks.engine.records import ResultFile, load_engine_results
+from benchmarks.engine.table import tables
 from benchmarks.engine.workloads import Measurement, Traffic
 from benchmarks.results_file import describe_run, gpu_name
 
@@ -35,6 +36,9 @@ Record = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["table"]:
+        return _print_tables(arguments[1:])
     options = parse(arguments)
     gpus = torch.cuda.device_count()
     if not options.tiny and gpus < options.tensor_parallel_size:
@@ -51,6 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run.engine(geometry, variant)
     print(f"saved {output}" if run.file.records else "nothing was measured")
     return int(run.went_wrong)
+
+
+def _print_tables(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.engine table", description="Print result files as Markdown tables."
+    )
+    parser.add_argument("results", nargs="+", type=Path, metavar="FILE", help="from benchmarks.engine")
+    for path in parser.parse_args(arguments).results:
+        try:
+            _, records = load_engine_results(path)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+        print(tables(records))
+    return 0
 
 
 def _refuse(message: str) -> int:

@@ -27,6 +27,18 @@ OF_A_RUN = ("date", "command", "commit", "cpu", "gpus", "driver", "tensor_parall
 """Of the header: what is kept of every run that has records in the file, under "runs"."""
 
 
+def load_engine_results(path: Path) -> tuple[Record, list[Record]]:
+    """(header, records) of a file that a `ResultFile` wrote.
+
+    Raises:
+        ValueError: it is another file.
+    """
+    header, records = load_results(path)
+    if "runs" not in header:
+        raise ValueError(f"{path}: expected a file from benchmarks.engine")
+    return header, records
+
+
 def key(record: Record) -> tuple[Any, ...]:
     return tuple(record.get(name) for name in KEY)
 
@@ -51,11 +63,9 @@ class ResultFile:
         run = {name: header[name] for name in OF_A_RUN}
         self._header = {**header, "runs": [run]}
         if path.exists():
-            self._continue(*load_results(path))
+            self._continue(*load_engine_results(path))
 
     def _continue(self, header: Record, records: list[Record]) -> None:
-        if "runs" not in header:
-            raise ValueError(f"{self.path}: expected a file from benchmarks.engine")
         for name, found in _same_in_a_file(header).items():
             expected = _same_in_a_file(self._header)[name]
             if found != expected:
@@ -88,7 +98,8 @@ def medians(records: Iterable[Record]) -> list[Record]:
 
 def _median(group: list[Record]) -> Record:
     merged = dict(group[0])
-    for name, value in group[0].items():
-        if isinstance(value, int | float) and name not in KEY:
-            merged[name] = median(record[name] for record in group)
+    for name in group[0].keys() - set(KEY):
+        numbers = [record[name] for record in group if isinstance(record.get(name), int | float)]
+        if len(set(numbers)) > 1:
+            merged[name] = median(numbers)
     return merged | {"repetitions": len(group)}

@@ -24,7 +24,9 @@ from benchmarks.engine.processes import ProcessDied, environment, last_lines, st
 from benchmarks.engine.workloads import Traffic
 
 Record = dict[str, Any]
-VLLM = [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+_COMMAND = Path(sys.executable).with_name("vllm")
+VLLM = [str(_COMMAND)] if _COMMAND.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
+"""A vLLM that is on the path without having been installed has no command."""
 HOST = "127.0.0.1"
 MODEL = "benchmark"
 START_SECONDS = 1800
