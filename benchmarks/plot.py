@@ -1,4 +1,4 @@
-"""Shows the results of benchmarks.kernels: speed-up against sequence length, the roofline, and a summary.
+"""Shows the results of benchmarks.kernels and benchmarks.engine: pictures, and tables.
 
 python -m benchmarks.plot
 """
@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.geometries import GEOMETRIES
+from benchmarks.drawing import COLORS, log_log, new_figure
+from benchmarks.engine import figures as engine_figures
+from benchmarks.engine import table as engine_table
 from benchmarks.kernels.cases import OPS, Case
 from benchmarks.kernels.report import summary
 from benchmarks.kernels.work import flop, required_bytes
@@ -21,9 +23,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BASELINES = {"fa2": "FlashAttention-2 (torch SDPA)", "fa3": "FlashAttention-3 (vLLM)"}
-COLORS = dict(zip(GEOMETRIES, ("#2f6db3", "#f2a03d", "#3a9d5d", "#b5446e", "#6b5ca5"), strict=True))
 MARKERS = {"prefill": "o", "chunked_prefill": "s", "decode": "^"}
 FORMATS = ("svg", "png")
+SOURCES = "benchmarks.kernels or benchmarks.engine"
+PATTERNS = ("kernels-*.json", "engine-*.json")
 
 Record = dict[str, Any]
 
@@ -32,38 +35,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     for path in options.results:
         header, records = load_results(path)
-        if not all("op" in record for record in records):
-            raise SystemExit(f"benchmarks.plot: {path}: expected a file from benchmarks.kernels")
-        gpu = ", ".join(header["gpus"])
-        for name, draw in (("speedup", draw_speedup), ("roofline", draw_roofline)):
+        gpu = ", ".join(dict.fromkeys(header["gpus"])) or header["cpu"]
+        if "runs" in header:
+            figures, tables = engine_figures.figures(records, gpu), engine_table.tables(records)
+        elif all("op" in record for record in records):
+            figures, tables = kernel_figures(records, gpu), summary(records)
+        else:
+            raise SystemExit(f"benchmarks.plot: {path}: expected a file from {SOURCES}")
+        for name, figure in figures.items():
             output = options.output / f"{path.stem}-{name}.{options.format}"
             output.parent.mkdir(parents=True, exist_ok=True)
-            draw(records, gpu).savefig(output, dpi=150)
+            figure.savefig(output, dpi=150)
             print(f"saved {output}")
-        print(f"\n{summary(records)}\n")
+        print(f"\n{tables}\n")
     return 0
+
+
+def kernel_figures(records: list[Record], gpu: str) -> dict[str, Figure]:
+    """The figures of the kernels, by name."""
+    return {"speedup": draw_speedup(records, gpu), "roofline": draw_roofline(records, gpu)}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.plot", description="Draw and sum up the results of benchmarks.kernels"
+        prog="python -m benchmarks.plot", description=f"Draw and sum up the results of {SOURCES}"
     )
-    found = sorted(Path("benchmarks/results").glob("kernels-*.json"))
-    parser.add_argument("results", nargs="*", type=Path, default=found, help="default: all kernels-*.json")
+    found = [path for pattern in PATTERNS for path in sorted(Path("benchmarks/results").glob(pattern))]
+    parser.add_argument(
+        "results", nargs="*", type=Path, default=found, help=f"default: all {', '.join(PATTERNS)}"
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/figures"), help="folder")
     parser.add_argument("--format", choices=FORMATS, default=FORMATS[0])
     options = parser.parse_args(arguments)
     if not options.results:
-        parser.error("results: no benchmarks/results/kernels-*.json, expected one from benchmarks.kernels")
+        parser.error(
+            f"results: no {' or '.join(PATTERNS)} in benchmarks/results, expected one from {SOURCES}"
+        )
     for path in options.results:
         if not path.is_file():
-            parser.error(f"results: {path}, expected a file from benchmarks.kernels")
+            parser.error(f"results: {path}, expected a file from {SOURCES}")
     return options
 
 
 def draw_speedup(records: list[Record], gpu: str) -> Figure:
     """How many times faster than dense attention a prefill of one sequence is: a panel per baseline."""
-    figure = _figure(9.6, 3.8)
+    figure = new_figure(9.6, 3.8)
     panels = figure.subplots(1, len(BASELINES), sharey=True)
     for axes, (baseline, title) in zip(panels, BASELINES.items(), strict=True):
         for geometry, points in speedups(records, baseline).items():
@@ -71,7 +87,7 @@ def draw_speedup(records: list[Record], gpu: str) -> Figure:
         axes.axhline(1, color="#999999", linewidth=0.8)
         axes.set_title(f"over {title}", fontsize=10, loc="left")
         axes.set_xlabel("tokens")
-        _log_log(axes, 2)
+        log_log(axes, 2)
     panels[0].set_ylabel("times faster")
     panels[0].legend(fontsize=8)
     figure.suptitle(f"S2-Attention prefill, batch 1, {gpu}", fontsize=10)
@@ -94,7 +110,7 @@ def speedups(records: list[Record], baseline: str) -> dict[str, list[tuple[int, 
 
 def draw_roofline(records: list[Record], gpu: str) -> Figure:
     """Achieved TFLOP/s against arithmetic intensity, under the ceilings that the same run measured."""
-    figure = _figure(7.2, 4.6)
+    figure = new_figure(7.2, 4.6)
     axes = figure.subplots()
     points = roofline_points(records)
     bandwidth = _ceiling(records, "copy", "gbps") / 1e3
@@ -112,7 +128,7 @@ def draw_roofline(records: list[Record], gpu: str) -> Figure:
     _roofline_legend(axes, points)
     axes.set_xlabel("attended FLOP per required byte")
     axes.set_ylabel("TFLOP/s")
-    _log_log(axes, 10)
+    log_log(axes, 10)
     figure.suptitle(f"Roofline, {gpu}; filled: s2, hollow: FlashAttention-3, dense", fontsize=10)
     return figure
 
@@ -150,26 +166,6 @@ def _ceiling(records: list[Record], op: str, unit: str) -> float:
         if record["op"] == op:
             return float(record[unit])
     raise ValueError(f"records: none with op {op!r}, expected the ceilings that benchmarks.kernels measures")
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _log_log(axes: Axes, y_base: int) -> None:
-    """Logarithmic axes, x to base 2, with plain numbers."""
-    from matplotlib.ticker import StrMethodFormatter
-
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=y_base)
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.grid(True, which="major", color="#e9ecf0")
 
 
 if __name__ == "__main__":
