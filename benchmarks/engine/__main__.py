@@ -13,6 +13,7 @@ where an engine has died or a request has failed, and 2 where an option is bad.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import time
@@ -33,6 +34,7 @@ from benchmarks.engine.workloads import Measurement, Traffic
 from benchmarks.results_file import describe_run, gpu_name
 
 Record = dict[str, Any]
+TERMINATED = 128 + signal.SIGTERM
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,11 +109,11 @@ class Run:
             if wanted := measurements(self._options):
                 job = offline.Job(str(folder), variant, config["vocab_size"], self._flags, wanted)
                 log = folder / "offline.log"
-                self._measure(common, offline.run(job, folder, log), wanted, log)
+                self._measure(common, offline.run(job, log), wanted, log)
             if traffic := all_traffic(self._options):
                 server = serving.Job(folder, variant, self._flags, traffic)
                 log = folder / "server.log"
-                self._measure(common, serving.run(server, folder, log), traffic, log)
+                self._measure(common, serving.run(server, log), traffic, log)
 
     def _measure(
         self,
@@ -188,4 +190,6 @@ def _line(record: Record) -> str:
 
 
 if __name__ == "__main__":
+    # Engines must not be left behind, however this ends.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     raise SystemExit(main())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.drawing import COLORS, log_log, new_figure
+from benchmarks.engine.client import SPANS
 from benchmarks.engine.records import medians
-from benchmarks.engine.serving import SPANS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

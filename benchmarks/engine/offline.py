@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import random
 import sys
 import time
@@ -20,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.engine.kv_cache import EXTENSION, METHOD, KVCacheFacts
-from benchmarks.engine.processes import ProcessDied, environment, last_lines, started
-from benchmarks.engine.workloads import WARM_UP_OUTPUT_TOKENS, Measurement
+from benchmarks.engine.processes import environment, messages, send_messages
+from benchmarks.engine.workloads import WARM_UP_OUTPUT_TOKENS, Measurement, too_long
 
 Record = dict[str, Any]
 PERCENTILES = (99.0,)
@@ -55,43 +54,30 @@ class Job:
         return cls(**fields, measurements=measurements)
 
 
-def run(job: Job, scratch: Path, log: Path) -> Iterator[Record]:
+COMMAND = [sys.executable, "-m", "benchmarks.engine.offline"]
+
+
+def run(job: Job, log: Path) -> Iterator[Record]:
     """Start the engine in a process of its own, and pass on what it measures.
 
     Args:
         job: what to do.
-        scratch: folder for the job's file.
         log: file that the engine's output is added to.
 
     Returns:
-        An object with the engine's `KVCacheFacts` under "engine", then every measurement's records under
-        "records".
+        An object with the engine's `KVCacheFacts` under "engine", then every record under "record".
 
     Raises:
         ProcessDied: the process has ended with an error; whether an engine had started, the objects say.
     """
-    path = scratch / "job.json"
+    path = Path(job.folder) / "offline.json"
     job.save(path)
-    receiver, sender = os.pipe()
-    command = [sys.executable, "-m", "benchmarks.engine.offline", str(path), str(sender)]
-    with open(receiver) as lines, started(command, log, environment(), [sender]) as process:
-        os.close(sender)
-        for line in lines:
-            yield json.loads(line)
-        status = process.wait()
-    if status:
-        raise ProcessDied(
-            f"the engine has ended with exit status {status}; its last lines:\n{last_lines(log)}"
-        )
+    return messages(COMMAND, path, log, environment())
 
 
 def main() -> None:
     path, descriptor = sys.argv[1:]
-    # The engine's own processes must not hold it open.
-    os.set_inheritable(int(descriptor), False)
-    with open(int(descriptor), "w", buffering=1) as sender:
-        for message in serve(Job.load(Path(path))):
-            sender.write(json.dumps(message) + "\n")
+    send_messages(int(descriptor), serve(Job.load(Path(path))))
 
 
 def serve(job: Job) -> Iterator[Record]:
@@ -121,8 +107,7 @@ def measure(engine: Engine, measurement: Measurement, facts: KVCacheFacts) -> It
     """A measurement's records, one per repetition; or one that says why this engine cannot do it."""
     requests = measurement.requests or facts.requests_that_fit(measurement.tokens)
     if measurement.tokens > facts.max_model_len or not requests:
-        reason = f"the longest request that this engine's KV cache holds has {facts.max_model_len} tokens"
-        yield measurement.refusal(reason)
+        yield measurement.refusal(too_long(facts.max_model_len))
         return
     warm_up = measurement.warm_up_requests(requests)
     engine.wave(warm_up, measurement.prompt_tokens, min(measurement.output_tokens, WARM_UP_OUTPUT_TOKENS))

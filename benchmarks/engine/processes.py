@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 LAST_LINES = 40
 STOP_SECONDS = 60
@@ -60,10 +62,42 @@ def started(
         stop(process)
 
 
+def messages(command: Sequence[str], job: Path, log: Path, env: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """Start a process, and pass on what it sends with `send_messages`.
+
+    Args:
+        command: to which `job` and the number of a file descriptor are added.
+        job: the process's file.
+        log: file that its output is added to.
+        env: environment.
+
+    Raises:
+        ProcessDied: it has ended with an error.
+    """
+    receiver, sender = os.pipe()
+    with open(receiver) as lines, started([*command, str(job), str(sender)], log, env, [sender]) as process:
+        os.close(sender)
+        for line in lines:
+            yield json.loads(line)
+        status = process.wait()
+    if status:
+        name = " ".join(command[1:])
+        raise ProcessDied(f"{name} ended with exit status {status}; its last lines:\n{last_lines(log)}")
+
+
+def send_messages(descriptor: int, objects: Iterable[dict[str, Any]]) -> None:
+    """Send each object to the process that reads from `messages`, as soon as it is there."""
+    # What this process starts must not hold it open.
+    os.set_inheritable(descriptor, False)
+    with open(descriptor, "w", buffering=1) as sender:
+        for message in objects:
+            sender.write(json.dumps(message) + "\n")
+
+
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask a process to end as Ctrl-C does, and kill what is left of its session."""
+    """Ask a process to end, and kill what is left of its session."""
     if process.poll() is None:
-        process.send_signal(signal.SIGINT)
+        process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
     with contextlib.suppress(ProcessLookupError):

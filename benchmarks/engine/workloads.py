@@ -130,6 +130,12 @@ class Traffic:
     slo: dict[str, float]
     repetitions: int
 
+    @classmethod
+    def of_json(cls, fields: dict[str, Any]) -> Traffic:
+        """The traffic that was an object in JSON, where all keys are strings."""
+        mix = {int(length): share for length, share in fields["mix"].items()}
+        return cls(**{**fields, "mix": mix})
+
     @property
     def tokens(self) -> int:
         """Of the longest request."""
@@ -160,3 +166,8 @@ def traffic(
     requests = max(LEAST_REQUESTS, round(rate * seconds))
     mix, output_tokens = (TINY_MIX, 4) if tiny else (MIX, SERVE_OUTPUT_TOKENS)
     return Traffic(rate, requests, mix, output_tokens, slo, repetitions)
+
+
+def too_long(max_model_len: int) -> str:
+    """Why an engine refuses longer requests than this."""
+    return f"the longest request that this engine's KV cache holds has {max_model_len} tokens"
