@@ -159,6 +159,9 @@ def _fraction(text: str) -> float:
 def _check(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> None:
     if options.tiny and options.output is None:
         error("--output: missing, expected a file with --tiny: its figures mean nothing")
+    limit, needed = options.max_model_len, max((load.tokens for load in all_traffic(options)), default=0)
+    if limit is not None and limit < needed:
+        error(f"--max-model-len: {limit}, expected at least {needed}, serve's longest request")
     for name in options.geometry:
         config = model_config(name, "dense", options.tiny)
         longest, source = config["max_position_embeddings"], f"{name}'s max_position_embeddings"
