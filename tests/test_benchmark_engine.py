@@ -85,7 +85,7 @@ def record(workload: str, variant: str, repetition: int = 1, **fields: Any) -> d
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["speed"], "argument WORKLOAD: invalid choice: 'speed'"),
+        (["speed"], "argument {latency,throughput,serve}: invalid choice: 'speed'"),
         (["latency", "--geometry", "s2-70b"], "--geometry: 's2-70b', expected one of phi3-small, hhst-8b"),
         (["latency", "--variants", "s2,sparse"], "--variants: 'sparse', expected one of s2, dense"),
         (["throughput", "--loads", "queue"], "--loads: 'queue', expected one of batch, pool"),
@@ -165,8 +165,10 @@ def test_the_usual_settings() -> None:
 
 def test_lists_by_commas_and_blanks_and_what_was_chosen() -> None:
     options = parse(
-        "latency throughput --geometry hhst-8b,s2-7b --lengths 2048,512 1024 --loads pool --repetitions 1 "
-        "--max-num-seqs 7".split()
+        [
+            *("latency", "throughput", "--geometry", "hhst-8b,s2-7b", "--lengths", "2048,512", "1024"),
+            *("--loads", "pool", "--repetitions", "1", "--max-num-seqs", "7"),
+        ]
     )
     assert options.geometry == ["hhst-8b", "s2-7b"]
     assert [(m.load, m.prompt_tokens) for m in measurements(options)] == [
@@ -194,7 +196,7 @@ def test_variants_differ_in_the_pattern_alone(name: str, tiny: bool) -> None:
     differing = {key for key in sparse if sparse[key] != dense.get(key)}
     assert differing <= {"s2_attention", "dense_attention_every_n_layers"}
     if not tiny:
-        assert found == SERVED[name].config
+        assert asdict(found) == asdict(SERVED[name].config)
         assert sparse["hidden_size"] == 4096 or name == "s2-1.3b"
         assert (sparse["num_attention_heads"], sparse["num_key_value_heads"]) == (
             SERVED[name].num_heads,
