@@ -373,13 +373,13 @@ def test_prompts_share_prefixes_within_a_trace_alone() -> None:
 
 
 def test_a_clients_job_comes_back_from_its_file(tmp_path: Path) -> None:
-    job = client.Job("http://here", "model", str(tmp_path), 2048, [traffic(2.0, 30, SLO, 3)])
+    job = client.Job("http://here", "model", "folder", "scratch", 2048, [traffic(2.0, 30, SLO, 3)])
     job.save(tmp_path / "job.json")
     assert client.Job.load(tmp_path / "job.json") == job
 
 
 def test_a_server_that_holds_too_little_says_so() -> None:
-    bench = SimpleNamespace(job=client.Job("", "", "", 2048, []))
+    bench = SimpleNamespace(job=client.Job("", "", "", "", 2048, []))
     (found,) = client.measure(bench, traffic(2.0, 30, SLO, 3))  # type: ignore[arg-type]
     assert found["reason"] == "the longest request that this engine's KV cache holds has 2048 tokens"
     assert (found["request_rate"], found["requests"]) == (2.0, 0)
@@ -483,7 +483,7 @@ def test_a_server_that_dies_shows_its_last_lines(
     path = tmp_path / "results.json"
     assert tiny_run(path, "serve", "--variants", "s2") == 1
     error = capsys.readouterr().err
-    assert "tiny hhst-8b, s2: the server ended with exit status 3; its last lines:\nthe last words" in error
+    assert "tiny-hhst-8b, s2: the server ended with exit status 3; its last lines:\nthe last words" in error
     assert list(tmp_path.iterdir()) == []
 
 
@@ -522,7 +522,7 @@ def test_failed_requests_are_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     served = [{"engine": asdict(FACTS)}, {"record": record("latency", "s2", failed=2)}]
-    monkeypatch.setattr(offline, "run", lambda job, log: iter(served))
+    monkeypatch.setattr(offline, "run", lambda job, scratch, log: iter(served))
     assert tiny_run(tmp_path / "results.json", "latency", "--variants", "s2") == 1
     assert "2 requests failed" in capsys.readouterr().err
     ((found),) = load_engine_results(tmp_path / "results.json")[1]
@@ -691,4 +691,4 @@ def test_tiny_run_of_both_variants(tmp_path: Path, capsys: pytest.CaptureFixture
         assert measured["median_tpot_ms"] > 0
         assert measured["decode_output_throughput"] > 0
         assert 1 <= measured["max_concurrent_requests"] <= measured["requests"]
-    assert "tiny hhst-8b, dense: throughput, pool" in capsys.readouterr().out
+    assert "tiny-hhst-8b, dense: throughput, pool" in capsys.readouterr().out

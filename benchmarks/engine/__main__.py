@@ -96,24 +96,25 @@ class Run:
 
     def engine(self, geometry: str, variant: str) -> None:
         """Measure a variant of a geometry."""
+        name = f"tiny-{geometry}" if self._options.tiny else geometry
         common = {
-            "geometry": f"tiny {geometry}" if self._options.tiny else geometry,
+            "geometry": name,
             "variant": variant,
             "vllm": self._vllm,
             "tensor_parallel_size": self._options.tensor_parallel_size,
         }
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            config = model_config(geometry, variant, self._options.tiny)
-            write_checkpoint(folder, config)
+        config = model_config(geometry, variant, self._options.tiny)
+        folder = str(write_checkpoint(name, variant, config))
+        with tempfile.TemporaryDirectory() as temporary:
+            scratch = Path(temporary)
             if wanted := measurements(self._options):
-                job = offline.Job(str(folder), variant, config["vocab_size"], self._flags, wanted)
-                log = folder / "offline.log"
-                self._measure(common, offline.run(job, log), wanted, log)
+                job = offline.Job(folder, variant, config["vocab_size"], self._flags, wanted)
+                log = scratch / "offline.log"
+                self._measure(common, offline.run(job, scratch, log), wanted, log)
             if traffic := all_traffic(self._options):
                 server = serving.Job(folder, variant, self._flags, traffic)
-                log = folder / "server.log"
-                self._measure(common, serving.run(server, log), traffic, log)
+                log = scratch / "server.log"
+                self._measure(common, serving.run(server, scratch, log), traffic, log)
 
     def _measure(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,17 @@ def _tiny(geometry: Geometry) -> Geometry:
     return Geometry(3, 4, 2, 32, pattern)
 
 
-def write_checkpoint(folder: Path, config: dict[str, Any]) -> None:
-    """What vLLM loads with `load_format="dummy"`, with a tokenizer that knows every token as a word."""
+def write_checkpoint(name: str, variant: str, config: dict[str, Any]) -> Path:
+    """What vLLM loads with `load_format="dummy"`, with a tokenizer that knows every token as a word.
+
+    Returns:
+        Its folder: always the same one, on which vLLM's cache of compiled models depends.
+    """
+    folder = Path(tempfile.gettempdir()) / "s2-vllm-benchmarks" / f"{name}-{variant}"
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     _save_tokenizer(folder, config["vocab_size"])
+    return folder
 
 
 def _save_tokenizer(folder: Path, vocabulary: int) -> None:

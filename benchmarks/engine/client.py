@@ -59,7 +59,8 @@ class Job:
     Attributes:
         url: where the server answers, without a path.
         model: its name there.
-        folder: with the model's tokenizer; traces and results are put there too.
+        folder: with the model's tokenizer.
+        scratch: folder for traces.
         max_model_len: the server's longest request, in tokens.
         measurements: the traffic, in this order.
     """
@@ -67,6 +68,7 @@ class Job:
     url: str
     model: str
     folder: str
+    scratch: str
     max_model_len: int
     measurements: list[Traffic]
 
@@ -123,7 +125,7 @@ class Bench:
         from vllm.benchmarks.serve import add_cli_args, main
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-        trace = Path(self.job.folder) / "trace.jsonl"
+        trace = Path(self.job.scratch) / "trace.jsonl"
         trace.write_text("".join(f"{json.dumps(request)}\n" for request in requests))
         parser = FlexibleArgumentParser()
         add_cli_args(parser)

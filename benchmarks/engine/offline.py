@@ -57,11 +57,12 @@ class Job:
 COMMAND = [sys.executable, "-m", "benchmarks.engine.offline"]
 
 
-def run(job: Job, log: Path) -> Iterator[Record]:
+def run(job: Job, scratch: Path, log: Path) -> Iterator[Record]:
     """Start the engine in a process of its own, and pass on what it measures.
 
     Args:
         job: what to do.
+        scratch: folder for the job's file.
         log: file that the engine's output is added to.
 
     Returns:
@@ -70,7 +71,7 @@ def run(job: Job, log: Path) -> Iterator[Record]:
     Raises:
         ProcessDied: the process has ended with an error; whether an engine had started, the objects say.
     """
-    path = Path(job.folder) / "offline.json"
+    path = scratch / "offline.json"
     job.save(path)
     return messages(COMMAND, path, log, environment())
 

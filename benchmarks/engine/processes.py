@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[2]
 LAST_LINES = 40
 STOP_SECONDS = 60
 
@@ -29,8 +30,9 @@ class ProcessDied(RuntimeError):
 
 
 def environment() -> dict[str, str]:
-    """This process's, for a vLLM that asks nobody for anything."""
-    local = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    """This process's, for a vLLM that finds this package, and asks nobody for anything."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    local = {"PYTHONPATH": os.pathsep.join(paths), "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     return {**os.environ, **local, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
 
 

@@ -42,17 +42,18 @@ class Job:
         measurements: the traffic, in this order.
     """
 
-    folder: Path
+    folder: str
     variant: str
     flags: dict[str, Any]
     measurements: list[Traffic]
 
 
-def run(job: Job, log: Path) -> Iterator[Record]:
+def run(job: Job, scratch: Path, log: Path) -> Iterator[Record]:
     """Start the server, and measure it.
 
     Args:
         job: what to do.
+        scratch: folder for what the client needs.
         log: file that the server's output is added to.
 
     Returns:
@@ -70,9 +71,9 @@ def run(job: Job, log: Path) -> Iterator[Record]:
         facts = server.facts()
         facts.check_variant(job.variant)
         yield {"engine": asdict(facts)}
-        path = job.folder / "client.json"
-        client.Job(server.url, MODEL, str(job.folder), facts.max_model_len, job.measurements).save(path)
-        yield from _client(server, path, job.folder / "client.log")
+        path, limit = scratch / "client.json", facts.max_model_len
+        client.Job(server.url, MODEL, job.folder, str(scratch), limit, job.measurements).save(path)
+        yield from _client(server, path, scratch / "client.log")
 
 
 def _client(server: Server, job: Path, log: Path) -> Iterator[Record]:
@@ -102,7 +103,7 @@ def _arguments(job: Job, port: int) -> list[str]:
         **job.flags,
     }
     options = [(f"--{name.replace('_', '-')}", value) for name, value in flags.items()]
-    return [str(job.folder), *(name if value is True else f"{name}={value}" for name, value in options)]
+    return [job.folder, *(name if value is True else f"{name}={value}" for name, value in options)]
 
 
 @dataclass(frozen=True)
