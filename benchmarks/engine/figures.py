@@ -122,7 +122,7 @@ def _draw_pareto(records: list[Record], gpu: str) -> Figure:
     axes.set_xlabel("output tokens/s per user (1 / median TPOT)")
     axes.set_ylabel("output tokens/s per GPU")
     axes.grid(True, color="#e9ecf0")
-    figure.suptitle(f"Serving at several request rates, {gpu}; solid: s2, dashed: dense", fontsize=10)
+    figure.suptitle(f"Serving at several request rates, {gpu}\nsolid: s2, dashed: dense", fontsize=10)
     return figure
 
 

@@ -87,13 +87,13 @@ def _table(
     Args:
         names: of the columns that say what was measured.
         describe: their cells.
-        columns: title, field, format, and whether more is better; each is shown dense, S2 and as the times by
-            which S2 is better.
+        columns: title, field, format, and whether more is better; each is shown dense, S2, and as the
+            gain: above 1 where S2 is better.
         pairs: a line each.
     """
     if not pairs:
         return ""
-    titles = [text for title, *_ in columns for text in (f"{title}: dense", "S2", "S2 better by")]
+    titles = [text for title, *_ in columns for text in (f"{title}: dense", "S2", "gain")]
     lines = [_row([*names, *titles]), f"|{'---|' * (len(names) + len(titles))}"]
     for pair in pairs:
         cells = [cell for _, *column in columns for cell in _compared(pair, *column)]
