@@ -1,13 +1,14 @@
-"""The command in a result file's header."""
+"""The command in a result file's header, and how a file is written."""
 
 from __future__ import annotations
 
 import sys
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import pytest
 
-from benchmarks.results_file import describe_run
+from benchmarks.results_file import describe_run, write_results
 
 
 @pytest.mark.parametrize(
@@ -26,3 +27,13 @@ def test_command_as_it_was_typed_without_folders(
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
     monkeypatch.setattr(sys, "argv", ["/some/folder/script.py", "--quick", "/some/folder/out.json"])
     assert describe_run()["command"] == expected
+
+
+def test_results_that_cannot_be_written_leave_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.json"
+    write_results(path, [{"ms": 1.0}])
+    before = path.read_text()
+    with pytest.raises(TypeError):
+        write_results(path, [{"ms": 2.0}, {"ms": object()}])
+    assert path.read_text() == before
+    assert list(path.parent.iterdir()) == [path]
