@@ -246,6 +246,33 @@ def test_names_of_kv_heads_and_lengths_are_those_that_vllm_looks_for() -> None:
         assert unknown_type("max_position_embeddings", **{name: 77}).max_model_len(None) == 77, name
 
 
+def test_a_model_without_names() -> None:
+    """Its class is named after its type, where the file says so much; a type that is not there is empty."""
+    for keys, architecture, model_type in [
+        ({"architectures": ["A", "B"], "model_type": "a"}, "A", "a"),
+        ({"architectures": [], "model_type": "a"}, "a", "a"),
+        ({"architectures": None}, "None", ""),
+        ({}, "None", ""),
+    ]:
+        found = HFConfig(SimpleNamespace(**keys), SimpleNamespace(model_type="of the text part"))
+        assert (found.architecture, found.model_type) == (architecture, model_type)
+
+
+def test_which_of_several_lengths_counts() -> None:
+    """Command R's own key before all others, or else the smallest; a long rope's own where it has one."""
+    rope = {"rope_type": "longrope"}
+    original = {"original_max_position_embeddings": 300}
+    for keys, length in [
+        ({"model_max_length": 5000}, 5000),
+        ({"model_max_length": 5000, "seq_length": 50}, 5000),
+        ({"n_positions": 5000, "seq_length": 50}, 50),
+        ({"rope_parameters": rope}, 4096),
+        (original, 4096),
+        ({"rope_parameters": rope} | original, 300),
+    ]:
+        assert unknown_type("", **keys).max_model_len(None) == length, keys
+
+
 @pytest.mark.parametrize(
     ("kind", "length"),
     [
