@@ -97,6 +97,10 @@ def record(workload: str, variant: str, repetition: int = 1, **fields: Any) -> d
             "hhst-8b's max_position_embeddings",
         ),
         (
+            ["latency", "throughput", "--throughput-lengths", "2000", "--max-model-len", "2048"],
+            "--throughput-lengths: 2000 with throughput's 128 output tokens, expected at most 2048 in all",
+        ),
+        (
             ["throughput", "--lengths", "2000", "--max-model-len", "2048"],
             "--lengths: 2000 with throughput's 128 output tokens, expected at most 2048 in all",
         ),
@@ -177,6 +181,13 @@ def test_lists_by_commas_and_blanks_and_what_was_chosen() -> None:
     ]
     assert engine_flags(options) == {"max_model_len": -1, "tensor_parallel_size": 1, "max_num_seqs": 7}
     assert all_traffic(options) == []
+
+
+def test_lengths_of_throughput_alone() -> None:
+    lengths = ("--lengths", "512", "--throughput-lengths", "1024,256")
+    options = parse(["latency", "throughput", *lengths, "--loads", "batch"])
+    found = [(measurement.workload, measurement.prompt_tokens) for measurement in measurements(options)]
+    assert found == [("latency", 512), ("throughput", 256), ("throughput", 1024)]
 
 
 def test_of_the_usual_lengths_those_that_the_engine_is_to_hold() -> None:

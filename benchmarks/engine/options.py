@@ -75,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
         ("geometry", _choice(SERVED), ["hhst-8b"], f"of {', '.join(SERVED)}; default: hhst-8b"),
         ("variants", _choice(VARIANTS), list(VARIANTS), "of s2, dense; default: both"),
         ("lengths", positive_int, None, "prompt tokens of latency and throughput; default: the usual ones"),
+        ("throughput-lengths", positive_int, None, "prompt tokens of throughput; default: as --lengths"),
         ("loads", _choice(LOADS), list(LOADS), "of throughput: the same batch, a full pool; default: both"),
         ("request-rates", _positive, list(REQUEST_RATES), "requests per second of serve; default: 1,2,4,8"),
         ("slo", _objective, list(SLO.items()), "of serve's good requests; default: ttft:3000,tpot:50 (ms)"),
@@ -170,9 +171,10 @@ def _check(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> Non
                 error(f"--max-model-len: {options.max_model_len}, expected at most {longest}, {source}")
             longest, source = options.max_model_len, "--max-model-len"
         for measurement in measurements(options):
-            if options.lengths and measurement.tokens > longest:
+            option = _option_of_lengths(options, measurement.workload)
+            if option and measurement.tokens > longest:
                 error(
-                    f"--lengths: {measurement.prompt_tokens} with {measurement.workload}'s "
+                    f"{option}: {measurement.prompt_tokens} with {measurement.workload}'s "
                     f"{measurement.output_tokens} output tokens, expected at most {longest} in all, {source}"
                 )
         ranks, heads = options.tensor_parallel_size, config["num_key_value_heads"]
@@ -180,19 +182,30 @@ def _check(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> Non
             error(f"--tensor-parallel-size: {ranks}, expected a divisor of {name}'s {heads} KV heads")
 
 
+def _option_of_lengths(options: argparse.Namespace, workload: str) -> str | None:
+    """The option that asks for a workload's lengths, None where they are the usual ones."""
+    if workload == "throughput" and options.throughput_lengths:
+        return "--throughput-lengths"
+    return "--lengths" if options.lengths else None
+
+
 def measurements(options: argparse.Namespace) -> list[Measurement]:
     """What an engine is to measure offline; of the usual lengths, those below --max-model-len."""
-    found = []
     usual = TINY_LENGTHS if options.tiny else LENGTHS
+    lengths = {
+        "latency": options.lengths or usual["latency"],
+        "throughput": options.throughput_lengths or options.lengths or usual["throughput"],
+    }
+    found = []
     if "latency" in options.workloads:
-        lengths = options.lengths or usual["latency"]
-        found += [latency(length, options.repetitions, options.tiny) for length in sorted(lengths)]
+        found += [latency(n, options.repetitions, options.tiny) for n in sorted(lengths["latency"])]
     if "throughput" in options.workloads:
         for load in options.loads:
-            lengths = options.lengths or usual["throughput"]
-            found += [throughput(n, load, options.repetitions, options.tiny) for n in sorted(lengths)]
+            found += [
+                throughput(n, load, options.repetitions, options.tiny) for n in sorted(lengths["throughput"])
+            ]
     limit = options.max_model_len
-    return found if options.lengths or not limit else [m for m in found if m.tokens <= limit]
+    return [m for m in found if not limit or _option_of_lengths(options, m.workload) or m.tokens <= limit]
 
 
 def engine_flags(options: argparse.Namespace) -> dict[str, Any]:
