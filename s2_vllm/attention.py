@@ -3,7 +3,8 @@
 `S2Attention` itself is the entry of the window tier. Its sibling, `StridedTier`, has no forward: it
 exists to own the strided tier's pages, block table and slot mapping. With `layers_per_entry` > 1, the
 first layer of each run of that many owns the pages of all of them (a *leader*); the others share its KV
-cache through vLLM's own KV sharing, each using its own range of the heads.
+cache through vLLM's own KV sharing, each using its own range of the heads. Where the plan has padding
+entries, the first sparse layer brings them, so that vLLM makes groups of the planned size.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from s2_kernels.layout import make_head_tables
 from s2_vllm import refusals
 from s2_vllm.backend import S2AttentionBackend
 from s2_vllm.plan import plan_of
-from s2_vllm.specs import STRIDED_SUFFIX, strided_spec, window_spec
+from s2_vllm.specs import PADDING_SUFFIX, STRIDED_SUFFIX, strided_spec, window_spec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from s2_vllm.plan import CachePlan
 
 
@@ -54,24 +57,28 @@ def attention_class(cls: type[Attention], args: tuple[Any, ...], kwargs: dict[st
     return S2Attention
 
 
-class StridedTier(nn.Module, AttentionLayerBase):
-    """The KV cache entry of the strided tier."""
+class BareEntry(nn.Module, AttentionLayerBase):
+    """A KV cache entry without forward: it owns pages, a block table and a slot mapping."""
 
-    def __init__(self, layer: S2Attention, name: str) -> None:
+    def __init__(self, layer: S2Attention, name: str, spec: KVCacheSpec) -> None:
         super().__init__()
         self.layer_name = name
         self.num_heads = layer.num_heads
         self.impl = layer.impl
         self.kv_cache = torch.tensor([])
-        self._spec = strided_spec(layer.plan, layer.kv_cache_torch_dtype)
+        self._spec = spec
 
     def get_attn_backend(self) -> type[S2AttentionBackend]:
         """The same backend as the window tier's: its builder makes this entry's metadata."""
         return S2AttentionBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        """The strided tier's pages, as vLLM's KV cache manager sees them."""
+        """The entry's pages, as vLLM's KV cache manager sees them."""
         return self._spec
+
+
+class StridedTier(BareEntry):
+    """The KV cache entry of the strided tier."""
 
 
 class S2Attention(Attention):
@@ -106,9 +113,18 @@ class S2Attention(Attention):
         super().__init__(**kwargs)
         refusals.check_made_layer(self, plan, vllm_config)
         if leader is None:
-            self.strided = StridedTier(self, prefix + STRIDED_SUFFIX)
+            strided = strided_spec(plan, self.kv_cache_torch_dtype)
+            self.strided = StridedTier(self, prefix + STRIDED_SUFFIX, strided)
+            entries = [self.strided, *(self._padding() if self.is_first else ())]
             context = vllm_config.compilation_config.static_forward_context
-            context[self.strided.layer_name] = self.strided
+            context.update({entry.layer_name: entry for entry in entries})
+
+    def _padding(self) -> Iterator[BareEntry]:
+        """The entries of both tiers that no layer uses."""
+        for number in range(self.plan.padding_entries):
+            name = f"{self.layer_name}{PADDING_SUFFIX}{number}"
+            yield BareEntry(self, name, window_spec(self.plan, self.kv_cache_torch_dtype))
+            yield BareEntry(self, name + STRIDED_SUFFIX, strided_spec(self.plan, self.kv_cache_torch_dtype))
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Make the pattern's tables now: no CUDA graph may be waiting for them later.

@@ -213,10 +213,11 @@ def describe(plan: CachePlan, length: int, memory: int, batched_tokens: int) -> 
         plan: the plan.
         length: tokens of a request (max_model_len).
         memory: KV cache bytes of one rank.
-        batched_tokens: the most tokens of a step (max_num_batched_tokens); vLLM reserves window pages for
-            those in flight when it counts the requests that fit.
+        batched_tokens: the most tokens of a step (max_num_batched_tokens); when it counts the requests that
+            fit, vLLM has window pages for those in flight in each.
     """
     blocks = memory // plan.block_bytes
+    in_flight = STEPS_IN_FLIGHT * batched_tokens
     dense_bytes = plan.dense_bytes_per_request(length)
     return {
         "max_model_len": length,
@@ -235,7 +236,8 @@ def describe(plan: CachePlan, length: int, memory: int, batched_tokens: int) -> 
         ],
         "residues": plan.pattern.kept_residues,
         "vert_stride": plan.pattern.vert_stride,
-        "kv_cache_groups": sum(map(plan.num_groups, plan.tiers)),
+        "kv_cache_groups": plan.total_groups,
+        "padding": float(plan.padding),
         "prefix_hit_tokens": plan.hit_alignment,
         "union_complete": plan.pattern.is_union_complete,
         "stored_fraction_sparse_layer": plan.pattern.stored_fraction(length),
@@ -243,7 +245,8 @@ def describe(plan: CachePlan, length: int, memory: int, batched_tokens: int) -> 
         "kv_bytes_per_request_dense": dense_bytes,
         "kv_cache_memory": memory,
         "max_num_batched_tokens": batched_tokens,
-        "concurrent_requests": blocks / plan.blocks_per_request(length, STEPS_IN_FLIGHT * batched_tokens),
+        "concurrent_requests": blocks / plan.blocks_per_request(length, in_flight),
+        "concurrent_requests_decoding": blocks / plan.blocks_per_request(length),
         "concurrent_requests_dense": memory / dense_bytes,
     }
 
@@ -258,16 +261,18 @@ def _table(facts: dict[str, Any]) -> str:
     ]
     sparse, dense = facts["kv_bytes_per_request"], facts["kv_bytes_per_request_dense"]
     notes = {
-        "KV cache groups": f"{facts['kv_cache_groups']} ({facts['layers_per_entry']} sparse layers an entry)",
+        "KV cache groups": f"{facts['kv_cache_groups']} ({facts['layers_per_entry']} sparse layers an entry, "
+        f"padding {facts['padding']:.1%})",
         "prefix-cache hits": f"on multiples of {facts['prefix_hit_tokens']} tokens",
         "residues by KV head": f"{_residues(facts['residues'])}, modulo {facts['vert_stride']}",
         "old blocks": "each in some head's set" if facts["union_complete"] else "some in NO head's set",
         "request": f"{facts['max_model_len']} tokens, per rank of {facts['tensor_parallel_size']}",
         "  a sparse layer stores": f"{facts['stored_fraction_sparse_layer']:.1%} of a dense one",
         "  KV cache": f"{_size(sparse)} ({sparse / dense:.1%} of {_size(dense)} if all layers were dense)",
-        f"  fit in {_size(facts['kv_cache_memory'])}": f"{facts['concurrent_requests']:.2f} with steps of "
-        f"{facts['max_num_batched_tokens']} tokens "
-        f"({facts['concurrent_requests_dense']:.2f} if all layers were dense)",
+        f"  fit in {_size(facts['kv_cache_memory'])}": f"{facts['concurrent_requests_decoding']:.2f} "
+        f"while they decode ({facts['concurrent_requests_dense']:.2f} if all layers were dense)",
+        "  by vLLM's count": f"{facts['concurrent_requests']:.2f}, with {STEPS_IN_FLIGHT} steps of "
+        f"{facts['max_num_batched_tokens']} tokens in flight of every request",
     }
     lines += ["", *(f"{name:<24}{text}" for name, text in notes.items())]
     return "\n".join(lines)

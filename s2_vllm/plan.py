@@ -8,13 +8,15 @@ the window tier and the strided tier. vLLM gives every page of a model the same 
 layers of a kind into groups as large as the smallest kind. With many sparse and few dense layers that
 would make dozens of groups, each with a block table of its own. So one *entry* may own the pages of
 several sparse layers: to vLLM it is one layer with `layers_per_entry` times the heads, and a dense page
-then holds `layers_per_entry` times the tokens.
+then holds `layers_per_entry` times the tokens. Where the sparse layers are the few, entries of theirs that
+no layer uses keep the groups large.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -25,8 +27,14 @@ from s2_vllm.config import S2Config, S2ConfigError
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# The largest share of KV memory that sharing entries may leave unused.
-MAX_PADDING = 0.10
+# KV cache groups of any mix of layers: vLLM's scheduler pays for each, per request and step.
+MAX_GROUPS = 5
+
+# Pages that no layer uses, over those in use, where a plan with no more has few enough groups.
+MAX_PADDING = Fraction(1, 10)
+
+# How much coarser than the finest a plan's prefix-cache hits may be, where that leaves any.
+MAX_COARSER_HITS = 4
 
 # vLLM's CPU attention wants pages of a multiple of 32 tokens, FlashAttention of 16.
 PAGE_SLOTS_MULTIPLE = 32
@@ -78,6 +86,7 @@ class CachePlan:
         tensor_parallel_size: ranks.
         page_slots: slots per KV head and layer in a page (P).
         layers_per_entry: sparse layers whose pages one KV cache entry owns.
+        padding_entries: entries in each of the sparse layers' tiers that no layer uses.
     """
 
     model: ModelGeometry
@@ -87,6 +96,7 @@ class CachePlan:
     tensor_parallel_size: int
     page_slots: int
     layers_per_entry: int
+    padding_entries: int = 0
 
     @cached_property
     def layout(self) -> TierLayout:
@@ -117,7 +127,7 @@ class CachePlan:
     def tiers(self) -> tuple[Tier, ...]:
         """The kinds of entries, the dense one only where the model has dense layers."""
         sparse, dense = len(self.sparse_layers), len(self.dense_layers)
-        entries = -(-sparse // self.layers_per_entry)
+        entries = -(-sparse // self.layers_per_entry) + self.padding_entries
         heads = self.num_kv_heads * self.layers_per_entry
         strided_tokens = self.layout.strided_page_tokens
         tiers = [
@@ -138,6 +148,21 @@ class CachePlan:
         """KV cache groups that vLLM makes of a tier's entries."""
         return -(-tier.num_entries // self.entries_per_group)
 
+    @cached_property
+    def total_groups(self) -> int:
+        """KV cache groups of all tiers."""
+        return sum(map(self.num_groups, self.tiers))
+
+    @cached_property
+    def padding(self) -> Fraction:
+        """Pages that no layer uses, over those that layers use, in the tier where they are most."""
+        return max(map(self._padding_of, self.tiers))
+
+    def _padding_of(self, tier: Tier) -> Fraction:
+        per_entry = 1 if tier.name == "dense" else self.layers_per_entry
+        held = self.num_groups(tier) * self.entries_per_group * per_entry
+        return Fraction(held, tier.num_layers) - 1
+
     @property
     def block_bytes(self) -> int:
         """Bytes of one block id, in every group."""
@@ -148,13 +173,13 @@ class CachePlan:
         """Tokens: prefix-cache hits land on multiples of it."""
         return math.lcm(*(tier.block_size for tier in self.tiers))
 
-    def blocks_per_request(self, length: int, in_flight_tokens: int) -> int:
-        """Block ids that vLLM reserves for a request of `length` tokens, all groups together.
+    def blocks_per_request(self, length: int, in_flight_tokens: int = 1) -> int:
+        """Block ids of a request of `length` tokens, all groups together; by default, while it decodes.
 
         Args:
             length: tokens of the request.
-            in_flight_tokens: the most tokens that are scheduled but not settled, which vLLM adds to
-                the window (`VllmConfig.max_in_flight_tokens`).
+            in_flight_tokens: tokens that are scheduled but not settled, whose pages are held beside those
+                of the window. vLLM counts `VllmConfig.max_in_flight_tokens` of them for every request.
         """
         blocks = 0
         for tier in self.tiers:
@@ -167,7 +192,7 @@ class CachePlan:
         return blocks
 
     def bytes_per_request(self, length: int, in_flight_tokens: int = 1) -> int:
-        """KV bytes of a request of `length` tokens on one rank; by default, while it decodes."""
+        """KV bytes of these block ids on one rank."""
         return self.blocks_per_request(length, in_flight_tokens) * self.block_bytes
 
     def dense_bytes_per_request(self, length: int) -> int:
@@ -185,7 +210,9 @@ def make_plan(
     tensor_parallel_size: int = 1,
     block_size: int | None = None,
 ) -> CachePlan:
-    """The plan for a model, with the fewest KV cache groups that cost neither memory nor hits.
+    """The plan for a model: few KV cache groups, at little cost in memory and in prefix-cache hits.
+
+    It has at most `MAX_GROUPS` groups, unless a `block_size` leaves no such plan.
 
     Args:
         config: the model's pattern.
@@ -218,16 +245,15 @@ def make_plan(
             f"block_size: {block_size}, expected a multiple of {unit} "
             f"({num_kept} kept residues x blocks of {pattern.block_size}), or none at all"
         )
-    candidates = [
-        CachePlan(model, pattern, sparse, dense, tensor_parallel_size, slots // per_entry, per_entry)
-        for per_entry in (range(1, len(sparse) + 1) if dense else (1,))
+    # A page more for a tenth of the layers is a tenth of padding.
+    most = math.floor(len(sparse) * (1 + MAX_PADDING)) if dense else 1
+    plans = [
+        CachePlan(model, pattern, sparse, dense, tensor_parallel_size, slots // per_entry, per_entry, padding)
+        for per_entry in range(1, most + 1)
         if (slots := block_size or unit * per_entry) % (unit * per_entry) == 0
+        for padding in _padding_entries(-(-len(sparse) // per_entry), len(dense))
     ]
-    plain = candidates[0]
-    return min(
-        (plan for plan in candidates if plan is plain or _is_free(plan)),
-        key=lambda plan: (sum(map(plan.num_groups, plan.tiers)), plan.layers_per_entry),
-    )
+    return _choose(plans)
 
 
 def attach_plan(vllm_config: VllmConfig, plan: CachePlan) -> None:
@@ -240,17 +266,28 @@ def plan_of(vllm_config: VllmConfig) -> CachePlan | None:
     return getattr(vllm_config.model_config, _ATTRIBUTE, None)
 
 
-def _is_free(plan: CachePlan) -> bool:
-    """Whether sharing entries leaves hits as fine as they were, and little memory unused."""
-    hits = math.lcm(plan.page_slots, plan.layout.strided_page_tokens)
-    if hits % plan.dense_block_size:
-        return False
-    for tier in plan.tiers:
-        per_entry = 1 if tier.name == "dense" else plan.layers_per_entry
-        held = plan.num_groups(tier) * plan.entries_per_group * per_entry
-        if held > tier.num_layers * (1 + MAX_PADDING):
-            return False
-    return True
+def _padding_entries(entries: int, num_dense: int) -> tuple[int, ...]:
+    """Numbers of padding entries to try: none, and where dense layers are many, as few as make few groups.
+
+    Groups are as large as the smallest tier. With one each for the window and the strided tier, the rest
+    are for the dense layers.
+    """
+    missing = -(-num_dense // (MAX_GROUPS - 2)) - entries
+    return (0,) if missing <= 0 else (0, missing)
+
+
+def _choose(plans: list[CachePlan]) -> CachePlan:
+    """The best plan: few groups first, then hits that are not much coarser, then little padding."""
+    finest = min(plan.hit_alignment for plan in plans)
+    fewest = max(MAX_GROUPS, min(plan.total_groups for plan in plans))
+    few = [plan for plan in plans if plan.total_groups <= fewest]
+    fine = [plan for plan in few if plan.hit_alignment <= MAX_COARSER_HITS * finest]
+    slim = [plan for plan in fine if plan.padding <= MAX_PADDING]
+    if slim:
+        return min(slim, key=lambda plan: (plan.total_groups, plan.hit_alignment, plan.padding))
+    if fine:
+        return min(fine, key=lambda plan: (plan.padding, plan.total_groups, plan.hit_alignment))
+    return min(few, key=lambda plan: (plan.hit_alignment, plan.padding, plan.total_groups))
 
 
 def _group_size(entries_per_tier: list[int]) -> int:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 STRIDED_SUFFIX = ".strided"
 """A layer's name, and this, is the name of its strided tier's entry."""
 
+PADDING_SUFFIX = ".padding"
+"""A layer's name, this and a number is the name of a window tier's entry that no layer uses."""
+
 
 def window_spec(plan: CachePlan, dtype: torch.dtype) -> SlidingWindowSpec:
     """The window tier's pages: all heads, the newest `local_blocks` blocks."""

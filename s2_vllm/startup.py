@@ -104,20 +104,24 @@ def _tier_of(layer_name: str, spec: Any, plan: CachePlan) -> str:
 
 def _report(plan: CachePlan, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     length = vllm_config.model_config.max_model_len
-    blocks = plan.blocks_per_request(length, vllm_config.max_in_flight_tokens)
-    capacity = kv_cache_config.num_blocks / blocks
     memory = kv_cache_config.num_blocks * plan.block_bytes
-    dense_capacity = memory / plan.dense_bytes_per_request(length)
+    counted = plan.bytes_per_request(length, vllm_config.max_in_flight_tokens)
     _logger.info(
-        "S2-Attention: %d sparse and %d dense layers; tiers: %s; a sparse layer stores %.1f%% of a "
-        "dense one at %d tokens; KV cache for %.2f requests of that length, %.2f if all were dense.%s",
+        "S2-Attention: %d sparse and %d dense layers; tiers: %s; %d KV cache groups, padding %.1f%%; a "
+        "sparse layer stores %.1f%% of a dense one at %d tokens; KV cache for %.2f requests of that length "
+        "while they decode, %.2f by vLLM's count, which has window pages for %d tokens in flight of every "
+        "request, %.2f if all were dense.%s",
         len(plan.sparse_layers),
         len(plan.dense_layers),
         ", ".join(f"{t.name} ({t.block_size}-token pages)" for t in plan.tiers),
+        plan.total_groups,
+        100 * plan.padding,
         100 * plan.pattern.stored_fraction(length),
         length,
-        capacity,
-        dense_capacity,
+        memory / plan.bytes_per_request(length),
+        memory / counted,
+        vllm_config.max_in_flight_tokens,
+        memory / plan.dense_bytes_per_request(length),
         "" if plan.pattern.is_union_complete else " Some old blocks are in no head's set.",
     )
 

@@ -126,6 +126,7 @@ def random_plan(rng: Random) -> CachePlan:
             tensor_parallel_size=1,
             page_slots=pattern.num_kept * BLOCK * rng.randint(1, 2),
             layers_per_entry=layers_per_entry,
+            padding_entries=rng.randint(0, 1),
         )
         if plan.hit_alignment <= MAX_MODEL_LEN // 3:
             return plan

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
-from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from benchmarks import engine_cache
 from benchmarks.geometries import GEOMETRIES
 from s2_vllm.plan import CachePlan, make_plan
-from s2_vllm.specs import STRIDED_SUFFIX, strided_spec, window_spec
+from s2_vllm.specs import STRIDED_SUFFIX
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,20 +48,7 @@ def _bare_config() -> VllmConfig:
 
 def cache_specs(plan: CachePlan) -> dict[str, KVCacheSpec]:
     """The specs of a model's KV cache entries, by the names and in the order in which vLLM collects them."""
-    specs: dict[str, KVCacheSpec] = {}
-    for layer in range(plan.model.num_layers):
-        name = f"model.layers.{layer}.self_attn.attn"
-        if layer in plan.dense_layers:
-            specs[name] = FullAttentionSpec(
-                block_size=plan.dense_block_size,
-                num_kv_heads=plan.num_kv_heads,
-                head_size=plan.model.head_size,
-                dtype=DTYPE,
-            )
-        elif plan.sparse_layers.index(layer) % plan.layers_per_entry == 0:
-            specs[name] = window_spec(plan, DTYPE)
-            specs[name + STRIDED_SUFFIX] = strided_spec(plan, DTYPE)
-    return specs
+    return engine_cache.cache_specs(plan, DTYPE)
 
 
 def cache_groups(specs: Mapping[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:

@@ -68,16 +68,17 @@ def _usage_error(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_plan_counts_the_bytes_of_every_tier(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     facts = _plan(capsys, model)
     token_bytes = 8 * 2 * 128 * 2
-    # The window, all of the strided super-blocks and the two dense layers, in whole pages of 8 layers.
+    # The window, all of the strided super-blocks and the two dense layers, in whole pages of 16 layers.
     window = (1024 // 64 + 1) * 64 * 32
     strided = 131072 // 8 * 32
     dense = 131072 * 2
     assert facts["kv_bytes_per_request"] == pytest.approx((window + strided + dense) * token_bytes, rel=0.01)
     assert facts["kv_bytes_per_request_dense"] == 131072 * 32 * token_bytes == 16 * GIB
-    assert [tier["block_size"] for tier in facts["tiers"]] == [64, 512, 512]
+    assert [tier["block_size"] for tier in facts["tiers"]] == [64, 512, 1024]
     assert len({tier["slots"] * tier["bytes_per_page"] for tier in facts["tiers"][:2]}) == 1
     assert facts["concurrent_requests_dense"] == pytest.approx(2.5)
-    assert 7 < facts["concurrent_requests"] < 40 * GIB / facts["kv_bytes_per_request"]
+    assert facts["concurrent_requests_decoding"] == 40 * GIB / facts["kv_bytes_per_request"]
+    assert 7 < facts["concurrent_requests"] < facts["concurrent_requests_decoding"]
 
 
 def test_plan_takes_a_file_as_well_as_a_folder(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -94,8 +95,8 @@ def test_plan_options_change_what_they_name(model: Path, capsys: pytest.CaptureF
     assert smaller["concurrent_requests"] == pytest.approx(facts["concurrent_requests"] / 2, rel=0.01)
     wider = _plan(capsys, model, "--dtype", "float32")
     assert wider["kv_bytes_per_request"] == 2 * facts["kv_bytes_per_request"]
-    larger = _plan(capsys, model, "--block-size", 1024)
-    assert larger["tiers"][2]["block_size"] == 1024
+    larger = _plan(capsys, model, "--block-size", 2048)
+    assert larger["tiers"][2]["block_size"] == 2048
     patched = _plan(
         capsys, model, "--hf-overrides", '{"s2_attention": {"local_blocks": 16, "vert_stride": 4}}'
     )
@@ -106,7 +107,7 @@ def test_plan_prints_a_line_per_tier(model: Path, capsys: pytest.CaptureFixture[
     assert main(["plan", str(model)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["tier", "window", "strided", "dense"]
-    assert lines[1].split()[1:] == ["30", "64", "64", str(8 * 8 * 64 * 256 * 2), "2"]
+    assert lines[1].split()[1:] == ["30", "64", "64", str(16 * 8 * 64 * 256 * 2), "1"]
 
 
 def test_show_draws_the_pattern(few_heads: Path, tmp_path: Path) -> None:
@@ -329,7 +330,7 @@ def test_the_commands_say_what_they_do(capsys: pytest.CaptureFixture[str]) -> No
 def test_defaults_are_what_the_help_says(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     defaults = (
         "--max-model-len=131072 --kv-cache-memory-bytes=40GiB --tensor-parallel-size=1 "
-        "--max-num-batched-tokens=8192 --block-size=512 --dtype=auto --kv-cache-dtype=auto --hf-overrides={}"
+        "--max-num-batched-tokens=8192 --block-size=1024 --dtype=auto --kv-cache-dtype=auto --hf-overrides={}"
     )
     facts = _plan(capsys, model)
     assert facts == _plan(capsys, model, *defaults.split())
@@ -418,7 +419,7 @@ def test_bytes_of_every_dtype(
     _save(tmp_path, GEOMETRIES["hhst-8b"].hf_config(dtype=stored))
     facts = _plan(capsys, tmp_path, "--dtype", dtype)
     assert facts["kv_bytes_per_request_dense"] == 131072 * 32 * 8 * 2 * 128 * size
-    assert facts["tiers"][0]["bytes_per_page"] == 8 * 8 * 64 * 2 * 128 * size
+    assert facts["tiers"][0]["bytes_per_page"] == 16 * 8 * 64 * 2 * 128 * size
 
 
 def test_a_dtype_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -477,33 +478,35 @@ def test_facts(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
             "layers": layers,
             "block_size": block_size,
             "slots": slots,
-            "bytes_per_page": 2097152,
+            "bytes_per_page": 4194304,
             "groups": groups,
         }
 
-    # A block is two pages of 2 MiB. A request takes 256 of a strided or a dense group, and of a window group
-    # those of the window, or of the window and two steps.
-    blocks = 40 * GIB // (2 * 2**21)
+    # A block is two pages of 4 MiB. A request takes 256 of the strided group and 128 of the dense one, and of
+    # the window group those of the window, or of the window and two steps.
+    blocks = 40 * GIB // (2 * 2**22)
     assert _plan(capsys, model) == {
         "max_model_len": 131072,
         "tensor_parallel_size": 1,
-        "layers_per_entry": 8,
+        "layers_per_entry": 16,
         "tiers": [
-            tier("window", 30, 64, 64, 2),
-            tier("strided", 30, 512, 64, 2),
-            tier("dense", 2, 512, 512, 1),
+            tier("window", 30, 64, 64, 1),
+            tier("strided", 30, 512, 64, 1),
+            tier("dense", 2, 1024, 1024, 1),
         ],
         "residues": [[0], [7], [6], [5], [4], [3], [2], [1]],
         "vert_stride": 8,
-        "kv_cache_groups": 5,
-        "prefix_hit_tokens": 512,
+        "kv_cache_groups": 3,
+        "padding": pytest.approx(2 / 30),
+        "prefix_hit_tokens": 1024,
         "union_complete": True,
         "stored_fraction_sparse_layer": (1024 - 64 + 131072 / 8) / 131072,
-        "kv_bytes_per_request": (2 * 17 + 2 * 256 + 256) * 2 * 2**21,
+        "kv_bytes_per_request": (17 + 256 + 128) * 2 * 2**22,
         "kv_bytes_per_request_dense": 16 * GIB,
         "kv_cache_memory": 40 * GIB,
         "max_num_batched_tokens": 8192,
-        "concurrent_requests": blocks / (2 * 273 + 2 * 256 + 256),
+        "concurrent_requests": blocks / (273 + 256 + 128),
+        "concurrent_requests_decoding": blocks / (17 + 256 + 128),
         "concurrent_requests_dense": 2.5,
     }
 
@@ -518,14 +521,15 @@ def test_table_of_a_pattern_with_gaps(tmp_path: Path, capsys: pytest.CaptureFixt
         "window       24          64     64          131072       1\n"
         "strided      24        1024     64          131072       1\n"
         "\n"
-        "KV cache groups         2 (1 sparse layers an entry)\n"
+        "KV cache groups         2 (1 sparse layers an entry, padding 0.0%)\n"
         "prefix-cache hits       on multiples of 1024 tokens\n"
         "residues by KV head     0 14 12 10 8 6 4 2 ... (16 heads), modulo 16\n"
         "old blocks              some in NO head's set\n"
         "request                 4096 tokens, per rank of 2\n"
         "  a sparse layer stores 7.8% of a dense one\n"
         "  KV cache              21.00 MiB (10.9% of 192.00 MiB if all layers were dense)\n"
-        "  fit in 700.00 MiB     10.13 with steps of 512 tokens (3.65 if all layers were dense)\n"
+        "  fit in 700.00 MiB     33.29 while they decode (3.65 if all layers were dense)\n"
+        "  by vLLM's count       10.13, with 2 steps of 512 tokens in flight of every request\n"
     )
 
 

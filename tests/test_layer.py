@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,10 +13,11 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 
 from s2_vllm import attention, compat
-from s2_vllm.attention import S2Attention, StridedTier
+from s2_vllm.attention import BareEntry, S2Attention, StridedTier
 from s2_vllm.backend import S2AttentionBackend
 from s2_vllm.config import S2ConfigError
-from s2_vllm.plan import plan_of
+from s2_vllm.plan import attach_plan, plan_of
+from s2_vllm.specs import strided_spec, window_spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -93,6 +95,24 @@ def test_sparse_layer(engine_config: VllmConfig, call: str) -> None:
         SPARSE: S2Attention,
         f"{SPARSE}.strided": StridedTier,
     }
+
+
+def test_padding_entries(engine_config: VllmConfig) -> None:
+    plan = plan_of(engine_config)
+    assert plan is not None
+    padded = replace(plan, padding_entries=2)
+    attach_plan(engine_config, padded)
+    Attention(*GEOMETRY, prefix=SPARSE)
+    entries = engine_config.compilation_config.static_forward_context
+    assert list(entries) == [
+        f"{SPARSE}{padding}{tier}" for padding in ("", ".padding0", ".padding1") for tier in ("", ".strided")
+    ]
+    for name, entry in entries.items():
+        spec = strided_spec if name.endswith(".strided") else window_spec
+        assert entry.get_kv_cache_spec(engine_config) == spec(padded, torch.float32)
+        assert entry.get_attn_backend() is S2AttentionBackend
+        assert entry.layer_name == name
+    assert type(entries[f"{SPARSE}.padding1"]) is BareEntry
 
 
 @pytest.mark.usefixtures("engine_config")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from copy import copy
+from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
 from benchmarks.geometries import SERVED
 from s2_vllm.config import S2Config, S2ConfigError
-from s2_vllm.plan import CachePlan, ModelGeometry, Tier, attach_plan, make_plan, plan_of
+from s2_vllm.plan import MAX_PADDING, CachePlan, ModelGeometry, Tier, attach_plan, make_plan, plan_of
 from tests.plans import (
     DTYPE,
     cache_config,
@@ -33,7 +34,7 @@ few = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 @st.composite
 def plans(draw: st.DrawFn) -> CachePlan:
-    """Plans of every shape: any mix of layers, any layers per entry, `make_plan`'s choice or not.
+    """Plans of every shape: any mix of layers and number of entries, `make_plan`'s choice or not.
 
     KV heads keep fewer residues than the stride has. If they kept all, a strided page would be laid out
     like a dense one, and vLLM would put both in one group.
@@ -62,7 +63,8 @@ def plans(draw: st.DrawFn) -> CachePlan:
         chosen.dense_layers,
         tensor_parallel_size=1,
         page_slots=chosen.page_slots * draw(st.integers(1, 3)),
-        layers_per_entry=draw(st.integers(1, len(chosen.sparse_layers))) if dense else 1,
+        layers_per_entry=draw(st.integers(1, len(chosen.sparse_layers) + 1)) if dense else 1,
+        padding_entries=draw(st.integers(0, 4)),
     )
 
 
@@ -140,8 +142,8 @@ def test_a_page_holds_whole_super_blocks(plan: CachePlan) -> None:
     ("name", "groups", "layers_per_entry", "page_slots", "dense_block_size", "hit_alignment"),
     [
         ("phi3-small", 3, 1, 256, 256, 512),
-        ("hhst-8b", 5, 8, 64, 512, 512),
-        ("s2-1.3b", 7, 4, 64, 256, 512),
+        ("hhst-8b", 3, 16, 64, 1024, 1024),
+        ("s2-1.3b", 3, 12, 64, 768, 1536),
         ("s2-7b", 3, 16, 64, 1024, 1024),
     ],
 )
@@ -155,8 +157,9 @@ def test_reference_geometries(
 ) -> None:
     plan = reference_plan(name)
     assert len(cache_groups(cache_specs(plan))) == groups
-    assert sum(map(plan.num_groups, plan.tiers)) == groups
-    assert plan.layers_per_entry == layers_per_entry
+    assert plan.total_groups == groups
+    assert plan.padding <= MAX_PADDING
+    assert (plan.layers_per_entry, plan.padding_entries) == (layers_per_entry, 0)
     assert plan.page_slots == page_slots
     assert plan.dense_block_size == dense_block_size
     assert plan.hit_alignment == hit_alignment
@@ -181,18 +184,74 @@ def test_a_sparse_layer_stores_this_much(name: str, percent: int) -> None:
 
 
 @pytest.mark.parametrize("name", SERVED)
-def test_sharing_entries_costs_little_memory_and_no_hits(name: str) -> None:
+def test_sharing_entries_costs_little_memory_and_few_hits(name: str) -> None:
     plan = reference_plan(name)
     alone = CachePlan(plan.model, plan.pattern, plan.sparse_layers, plan.dense_layers, 1, plan.page_slots, 1)
-    assert plan.hit_alignment == alone.hit_alignment
+    assert plan.hit_alignment <= 3 * alone.hit_alignment
     length = 131072
     assert plan.bytes_per_request(length) <= 1.1 * alone.bytes_per_request(length)
 
 
-def test_entries_are_not_shared_at_the_cost_of_memory() -> None:
-    """Of 5 layers, entries of 2 or 3 leave a sixth of the pages unused, and one of 5 coarsens the hits."""
-    plan = make_plan(S2Config(4, 12, dense_layers=(0,)), ModelGeometry(6, 8, 4, 64, 2))
-    assert plan.layers_per_entry == 1
+@st.composite
+def mixes(draw: st.DrawFn) -> tuple[S2Config, ModelGeometry]:
+    """Any mix of sparse and dense layers, with one kept residue for a KV head or more."""
+    layers = draw(st.integers(2, 100))
+    dense = draw(st.sets(st.integers(0, layers - 1), max_size=layers - 1))
+    pattern_heads, group = draw(st.sampled_from([("kv", 1), ("kv", 4), ("query", 2), ("query", 3)]))
+    stride = draw(st.integers(group + 1, 32))
+    s2 = S2Config(8, stride, pattern_heads=pattern_heads, dense_layers=tuple(sorted(dense)))
+    return s2, ModelGeometry(layers, 4 * group, 4, 64, 2)
+
+
+@few
+@given(mix=mixes())
+def test_any_mix_has_few_groups(mix: tuple[S2Config, ModelGeometry]) -> None:
+    plan = make_plan(*mix)
+    groups = cache_groups(cache_specs(plan))
+    assert len(groups) <= 5
+    assert len(groups) == plan.total_groups
+    layers = {"window": len(plan.sparse_layers), "strided": len(plan.sparse_layers)}
+    layers["dense"] = len(plan.dense_layers)
+    # A block id stands for as many pages as the largest group has entries, in every group.
+    held = Counter(map(tier_of, groups))
+    pages = max(len(group.layer_names) for group in groups)
+    padding = {
+        tier: Fraction(held[tier] * pages * (1 if tier == "dense" else plan.layers_per_entry), layers[tier])
+        for tier in held
+    }
+    assert plan.padding == max(padding.values()) - 1
+
+
+@pytest.mark.parametrize(("stride", "hits"), [(8, 1536), (16, 3072)], ids="stride{}".format)
+def test_few_groups_at_the_cost_of_memory(stride: int, hits: int) -> None:
+    """Two entries of 5 for 10 sparse layers coarsen the hits five-fold, two of 6 leave a sixth unused."""
+    plan = make_plan(S2Config(8, stride, dense_layers=(0, 1)), ModelGeometry(12, 32, 32, 128, 2))
+    assert (plan.total_groups, plan.layers_per_entry, plan.padding_entries) == (3, 6, 0)
+    assert plan.padding == Fraction(2, 10)
+    assert plan.hit_alignment == hits
+
+
+def test_few_groups_where_sparse_layers_are_few() -> None:
+    """Groups of 2 would be 14 for 28 dense layers; with 8 entries that no layer uses, groups of 10 are 3."""
+    plan = make_plan(S2Config(8, 8, dense_layers=tuple(range(28))), ModelGeometry(30, 32, 32, 128, 2))
+    assert (plan.total_groups, plan.layers_per_entry, plan.padding_entries) == (5, 1, 8)
+    assert plan.padding == 4
+    names = [name for name in cache_specs(plan) if name.startswith("model.layers.28.")]
+    entries = ["", *(f".padding{number}" for number in range(8))]
+    assert names == [f"model.layers.28.self_attn.attn{e}{tier}" for e in entries for tier in ("", ".strided")]
+
+
+def test_few_groups_at_the_cost_of_hits() -> None:
+    """A strided page spans 192 tokens: of what makes 5 groups, nothing has hits only 4 times as coarse."""
+    plan = make_plan(S2Config(8, 3, dense_layers=(0,)), ModelGeometry(80, 32, 32, 128, 2))
+    assert (plan.total_groups, plan.layers_per_entry, plan.hit_alignment) == (5, 42, 14 * 192)
+
+
+def test_a_block_size_that_makes_many_groups() -> None:
+    """It is the user's: pages of 64 tokens leave no room for entries of several layers."""
+    plan = make_plan(S2Config(8, 8, dense_layers=(0,)), ModelGeometry(9, 32, 32, 128, 2), block_size=64)
+    assert (plan.total_groups, plan.layers_per_entry) == (17, 1)
+    assert len(cache_groups(cache_specs(plan))) == 17
 
 
 def test_all_layers_sparse() -> None:
@@ -260,36 +319,25 @@ def test_a_block_size_that_can(times: int, dense: bool) -> None:
 
 
 @few
-@given(plan=plans())
-def test_the_choice_is_the_fewest_groups_of_what_is_free(plan: CachePlan) -> None:
-    """No other number of layers per entry has fewer groups, the same hits and a tenth of padding at most."""
-    assume(plan.dense_layers)
-    s2 = plan.pattern
-    chosen = make_plan(
-        S2Config(s2.local_blocks, s2.vert_stride, s2.block_size, dense_layers=plan.dense_layers),
-        plan.model,
-    )
-    groups = sum(map(chosen.num_groups, chosen.tiers))
-    for per_entry in range(1, len(chosen.sparse_layers) + 1):
-        other = CachePlan(
-            chosen.model,
-            chosen.pattern,
-            chosen.sparse_layers,
-            chosen.dense_layers,
-            1,
-            chosen.page_slots,
-            per_entry,
-        )
-        sparse_hits = math.lcm(*(tier.block_size for tier in other.tiers if tier.name != "dense"))
-        held = {
-            tier.name: other.num_groups(tier)
-            * other.entries_per_group
-            * (1 if tier.name == "dense" else per_entry)
-            for tier in other.tiers
-        }
-        layers = {tier.name: tier.num_layers for tier in other.tiers}
-        if other.hit_alignment == sparse_hits and all(held[n] <= 1.1 * layers[n] for n in held):
-            assert groups <= sum(map(other.num_groups, other.tiers))
+@given(mix=mixes())
+def test_the_choice_is_the_fewest_groups_of_what_costs_little(mix: tuple[S2Config, ModelGeometry]) -> None:
+    """No other number of layers per entry has fewer groups, a tenth of padding and hits 4 times as coarse."""
+    assume(mix[0].dense_layers)
+    chosen = make_plan(*mix)
+    sparse, dense = len(chosen.sparse_layers), len(chosen.dense_layers)
+    spans = chosen.page_slots, chosen.layout.strided_page_tokens
+    hits = {n: math.lcm(*spans, n * chosen.page_slots) for n in range(1, 2 * sparse + 1)}
+    for per_entry in hits:
+        entries = math.ceil(sparse / per_entry)
+        size = max(entries, dense) if max(entries, dense) < 1.5 * min(entries, dense) else min(entries, dense)
+        groups = math.ceil(entries / size), math.ceil(dense / size)
+        held = max(groups[0] * size * per_entry / sparse, groups[1] * size / dense)
+        if hits[per_entry] <= 4 * min(hits.values()) and held <= 1.1:
+            assert chosen.total_groups <= max(5, 2 * groups[0] + groups[1])
+            if 2 * groups[0] + groups[1] <= 5:
+                assert chosen.total_groups <= 2 * groups[0] + groups[1]
+                assert chosen.hit_alignment <= 4 * min(hits.values())
+                assert chosen.padding <= Fraction(1, 10)
 
 
 @pytest.mark.parametrize(
@@ -303,22 +351,22 @@ def test_refuses_heads_that_would_keep_every_block(stride: int, heads: int, patt
 
 
 def test_tiers_of_hhst_8b_written_out() -> None:
-    """Eight layers an entry: 30 sparse layers are 4 entries of 64 heads; a dense page has 512 tokens."""
+    """16 layers an entry: 30 sparse layers are 2 entries of 128 heads; a dense page has 1024 tokens."""
     plan = reference_plan("hhst-8b")
     assert plan.tiers == (
-        Tier("window", num_layers=30, num_entries=4, block_size=64, num_kv_heads=64, page_slots=64),
-        Tier("strided", num_layers=30, num_entries=4, block_size=512, num_kv_heads=64, page_slots=64),
-        Tier("dense", num_layers=2, num_entries=2, block_size=512, num_kv_heads=8, page_slots=512),
+        Tier("window", num_layers=30, num_entries=2, block_size=64, num_kv_heads=128, page_slots=64),
+        Tier("strided", num_layers=30, num_entries=2, block_size=512, num_kv_heads=128, page_slots=64),
+        Tier("dense", num_layers=2, num_entries=2, block_size=1024, num_kv_heads=8, page_slots=1024),
     )
-    assert [plan.num_groups(tier) for tier in plan.tiers] == [2, 2, 1]
+    assert [plan.num_groups(tier) for tier in plan.tiers] == [1, 1, 1]
+    assert plan.padding == Fraction(2, 30)
 
 
 def test_bytes_of_a_request_that_decodes() -> None:
     """Its window spans 16 pages, or 17 that hold a part of it."""
     plan = reference_plan("hhst-8b")
-    strided_pages = dense_pages = 131072 // 512
-    page_bytes = 512 * 8 * 2 * 128 * 2
-    blocks = 2 * 17 + 2 * strided_pages + dense_pages
+    page_bytes = 1024 * 8 * 2 * 128 * 2
+    blocks = 17 + 131072 // 512 + 131072 // 1024
     assert plan.bytes_per_request(131072) == blocks * 2 * page_bytes
 
 
@@ -358,13 +406,14 @@ def test_sharing_entries_may_leave_a_tenth_unused() -> None:
     """Two entries of 11 layers for 20 layers: 22 for 20."""
     plan = make_plan(S2Config(4, 11, dense_layers=(0, 1)), ModelGeometry(22, 8, 4, 64, 2))
     assert plan.layers_per_entry == 11
-    assert sum(map(plan.num_groups, plan.tiers)) == 3
+    assert plan.total_groups == 3
+    assert plan.padding == Fraction(1, 10)
 
 
-def test_an_entry_owns_the_pages_of_layers_that_there_are() -> None:
-    """One of 16 would be enough for 15 layers, and would leave a sixteenth unused."""
+def test_an_entry_may_have_room_for_a_layer_more() -> None:
+    """One of 15 would make the hits 15 times as coarse, and two of 8 leave as much unused in more groups."""
     plan = make_plan(S2Config(4, 16, dense_layers=(0,)), ModelGeometry(16, 8, 4, 64, 2))
-    assert plan.layers_per_entry == 8
+    assert (plan.layers_per_entry, plan.total_groups) == (16, 3)
 
 
 def test_entries_are_shared_where_a_page_spans_no_multiple_of_its_slots() -> None:

@@ -20,7 +20,7 @@ THREE_OF_EIGHT = make_plan(S2Config(2, 8, pattern_heads="query"), ModelGeometry(
     ("plan", "slots", "heads", "window", "strided_tokens", "tokens_per_state"),
     [
         pytest.param(reference_plan("phi3-small"), 256, 8, 1024, 512, 2, id="four-residues"),
-        pytest.param(reference_plan("hhst-8b"), 64, 64, 1024, 512, 8, id="eight-layers-an-entry"),
+        pytest.param(reference_plan("hhst-8b"), 64, 128, 1024, 512, 8, id="sixteen-layers-an-entry"),
         pytest.param(THREE_OF_EIGHT, 192, 2, 128, 512, Fraction(8, 3), id="three-residues-of-eight"),
     ],
 )

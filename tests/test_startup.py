@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -147,11 +148,24 @@ def test_what_vllm_makes_of_the_plan(name: str, report: list[str]) -> None:
     assert "in no head's set" not in line
 
 
-def test_report(report: list[str]) -> None:
-    """A request of 131,072 tokens while 2,048 of them are in flight holds 866 block ids of 4 MiB.
+def test_what_vllm_makes_of_padding_entries(report: list[str]) -> None:
+    """Those of 2 sparse layers among 28 dense ones: 8 in each tier, 4 times the entries in use."""
+    config = S2Config(8, 8, dense_layers=tuple(range(28)))
+    plan = make_plan(config, ModelGeometry(30, 32, 32, 128, DTYPE.itemsize))
+    check(plan, cache_specs(plan), memory=10 << 30)
+    (line,) = report
+    assert "; 5 KV cache groups, padding 400.0%; " in line
+    specs = cache_specs(plan)
+    del specs["model.layers.28.self_attn.attn.padding7.strided"]
+    with pytest.raises(RuntimeError, match=r"^KV cache groups \(tier"):
+        check(plan, specs, memory=10 << 30)
 
-    Each of the two window groups has pages of 64 tokens for 1,023 + 2,048 of them and one more, 49; each of
-    the two strided groups 256 of 512 tokens, and the dense one as many. In 64 GiB are 16,384 block ids. If
+
+def test_report(report: list[str]) -> None:
+    """A request of 131,072 tokens holds 401 block ids of 8 MiB; while 2,048 of them are in flight, 433.
+
+    The window group has pages of 64 tokens for its 1,024 and one more, 17, or for 1,023 + 2,048 and one more,
+    49; the strided group 256 of 512 tokens, and the dense one 128 of 1,024. In 64 GiB are 8,192 block ids. If
     all layers were dense, a request would hold 32 layers of 4 KiB a token: 16 GiB.
     """
     plan = reference_plan("hhst-8b")
@@ -159,8 +173,10 @@ def test_report(report: list[str]) -> None:
     (line,) = report
     assert line == (
         "S2-Attention: 30 sparse and 2 dense layers; tiers: window (64-token pages), strided (512-token "
-        "pages), dense (512-token pages); a sparse layer stores 13.2% of a dense one at 131072 tokens; KV "
-        "cache for 18.92 requests of that length, 4.00 if all were dense."
+        "pages), dense (1024-token pages); 3 KV cache groups, padding 6.7%; a sparse layer stores 13.2% of a "
+        "dense one at 131072 tokens; KV cache for 20.43 requests of that length while they decode, 18.92 by "
+        "vLLM's count, which has window pages for 2048 tokens in flight of every request, 4.00 if all were "
+        "dense."
     )
 
 
@@ -190,8 +206,8 @@ def test_blocks_in_no_heads_set_are_reported(report: list[str]) -> None:
 def test_another_plan() -> None:
     message = (
         "KV cache groups (tier, block size, page bytes): vLLM set up "
-        "{('dense', 256, 2097152): 1, ('window', 64, 2097152): 3, ('strided', 512, 2097152): 3}, expected "
-        "{('window', 64, 2097152): 2, ('strided', 512, 2097152): 2, ('dense', 512, 2097152): 1}"
+        "{('dense', 768, 6291456): 1, ('window', 64, 6291456): 1, ('strided', 512, 6291456): 1}, expected "
+        "{('window', 64, 4194304): 1, ('strided', 512, 4194304): 1, ('dense', 1024, 4194304): 1}"
     )
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
         check(reference_plan("hhst-8b"), cache_specs(reference_plan("s2-1.3b")))
@@ -213,7 +229,7 @@ OTHERS = "some layers of this model do not use vLLM's Attention layer"
     ids=["dense", "window", "strided"],
 )
 def test_a_layer_that_did_not_ask_for_pages(entry: str, message: str) -> None:
-    plan = reference_plan("hhst-8b")
+    plan = replace(reference_plan("hhst-8b"), layers_per_entry=8)
     specs = cache_specs(plan)
     del specs[entry]
     with pytest.raises(RuntimeError, match=message):
