@@ -2,21 +2,18 @@
 
     python -m benchmarks.kv_capacity
 
-For each reference geometry, starts vLLM engines with the same KV cache memory: every layer dense, the
-pattern, and the pattern with shorter steps. Records what vLLM itself reports: requests of the longest
-length that fit. With a window tier vLLM reserves pages for the tokens of all steps in flight, so shorter
-steps let more requests in. The models have the geometry's attention and next to no other weights, which
-the KV cache does not depend on. Needs a GPU with that much memory.
+For each reference geometry, with the same KV cache memory: every layer dense, the pattern, and the pattern
+with shorter steps. Groups, blocks and the requests of the longest length that fit are by vLLM's own
+functions, on the configuration of an engine and the specs of its layers. vLLM's count has window pages for
+the tokens of all steps in flight of every request, so shorter steps let it count more; how many fit while
+they decode is the plan's. Needs no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +21,14 @@ from benchmarks.geometries import GEOMETRIES, SERVED, Geometry
 from benchmarks.results_file import write_results
 
 MAX_MODEL_LEN = 131072
-SHORT_STEP = 2048
 GIB = 2**30
 
-VARIANTS: dict[str, tuple[bool, int | None]] = {
-    "dense": (False, None),
-    "s2": (True, None),
-    "s2, short steps": (True, SHORT_STEP),
+VARIANTS: dict[str, tuple[bool, int]] = {
+    "dense": (False, 16384),
+    "s2": (True, 16384),
+    "s2, short steps": (True, 2048),
 }
-"""Name, whether it has the pattern, and max_num_batched_tokens (None: vLLM's default)."""
+"""Name, whether it has the pattern, and max_num_batched_tokens: the `LLM` class's on an H200, or less."""
 
 
 def main() -> None:
@@ -41,15 +37,13 @@ def main() -> None:
     parser.add_argument("--kv-cache-gib", type=_positive, default=40)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kv-capacity.json"))
     arguments = parser.parse_args()
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     records = []
     for name in arguments.geometries:
         for variant in VARIANTS:
             record = measure(GEOMETRIES[name], variant, int(arguments.kv_cache_gib * GIB))
             records.append({"geometry": name, "variant": variant, **record})
             print(json.dumps(records[-1]), flush=True)
-            # At once: a run that ends early leaves what it has measured.
-            write_results(arguments.output, records)
+    write_results(arguments.output, records)
     print(table(records))
 
 
@@ -64,84 +58,69 @@ def _positive(text: str) -> float:
 
 
 def measure(geometry: Geometry, variant: str, memory: int) -> dict[str, Any]:
-    """Start an engine, and take from it what it has set up, or why it would not start.
+    """What vLLM sets up, or why an engine would not start.
 
     Args:
         geometry: the model's attention.
         variant: a key of VARIANTS.
         memory: KV cache bytes.
     """
-    import torch
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
+
+    from benchmarks.engine_cache import cache_config, engine_config
+    from s2_vllm.plan import plan_of
 
     sparse, batched_tokens = VARIANTS[variant]
+    config = engine_config(
+        geometry, sparse, max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=batched_tokens
+    )
     facts = {
         "max_model_len": MAX_MODEL_LEN,
+        "max_num_batched_tokens": batched_tokens,
         "kv_cache_bytes": memory,
         "stored_fraction_sparse_layer": geometry.pattern.stored_fraction(MAX_MODEL_LEN) if sparse else 1.0,
     }
     try:
-        return facts | _start(geometry.hf_config(sparse), memory, batched_tokens)
+        cache = cache_config(config, geometry, memory)
     except ValueError as error:
         return facts | {"concurrent_requests": None, "reason": str(error).split(" Based on")[0]}
-    finally:
-        cleanup_dist_env_and_memory()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-def _start(hf_config: dict[str, Any], memory: int, batched_tokens: int | None) -> dict[str, Any]:
-    from vllm import LLM
-
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps(hf_config))
-        engine = LLM(
-            folder,
-            load_format="dummy",
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            max_model_len=MAX_MODEL_LEN,
-            max_num_batched_tokens=batched_tokens,
-            kv_cache_memory_bytes=memory,
-        ).llm_engine
-    config = engine.vllm_config
-    groups = engine.engine_core.engine_core.scheduler.kv_cache_config.kv_cache_groups
-    record = {
-        "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
-        "kv_cache_groups": len(groups),
-        "concurrent_requests": config.cache_config.kv_cache_max_concurrency,
-        "kv_cache_tokens": config.cache_config.kv_cache_size_tokens,
+    tokens, requests = get_kv_cache_capacity(config, cache)
+    plan = plan_of(config)
+    decoding = cache.num_blocks / plan.blocks_per_request(MAX_MODEL_LEN) if plan else requests
+    return facts | {
+        "kv_cache_groups": len(cache.kv_cache_groups),
+        "concurrent_requests": requests,
+        "concurrent_requests_decoding": decoding,
+        "kv_cache_tokens": tokens,
     }
-    engine.engine_core.shutdown()
-    return record
 
 
 def table(records: list[dict[str, Any]]) -> str:
     """A Markdown table of the records, a line per geometry."""
     by_key = {(r["geometry"], r["variant"]): r for r in records}
     names = list(dict.fromkeys(r["geometry"] for r in records))
-    steps = {r["variant"]: r["max_num_batched_tokens"] for r in records if "max_num_batched_tokens" in r}
+    steps, short = (VARIANTS[variant][1] for variant in ("s2", "s2, short steps"))
     lines = [
-        "| geometry | a sparse layer stores | all layers dense | "
-        f"S2, {_steps(steps, 's2')} | S2, {_steps(steps, 's2, short steps')} |",
-        "|---|---|---|---|---|",
+        "| geometry | KV cache groups | a sparse layer stores | all layers dense | S2, while they decode | "
+        f"S2, vLLM's count, steps of {steps} tokens | of {short} |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in names:
-        fraction = by_key[name, "s2"]["stored_fraction_sparse_layer"]
-        cells = [_requests(by_key[name, variant]) for variant in VARIANTS]
-        lines.append(f"| {name} | {fraction:.1%} | {' | '.join(cells)} |")
+        s2 = by_key[name, "s2"]
+        cells = [
+            str(s2.get("kv_cache_groups", "")),
+            f"{s2['stored_fraction_sparse_layer']:.1%}",
+            _requests(by_key[name, "dense"]),
+            _requests(s2, "concurrent_requests_decoding"),
+            _requests(s2),
+            _requests(by_key[name, "s2, short steps"]),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _steps(tokens: dict[str, int], variant: str) -> str:
-    """What a variant's steps were; unknown when none of its engines started."""
-    return f"steps of {tokens[variant]} tokens" if variant in tokens else "no engine started"
-
-
-def _requests(record: dict[str, Any]) -> str:
-    count = record["concurrent_requests"]
-    return "not even one" if count is None else f"{count:.2f}"
+def _requests(record: dict[str, Any], key: str = "concurrent_requests") -> str:
+    return "not even one" if record.get(key) is None else f"{record[key]:.2f}"
 
 
 if __name__ == "__main__":

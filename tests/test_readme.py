@@ -58,23 +58,33 @@ def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out in README
 
 
+def test_a_block_size_for_finer_hits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "with 512, hhst-8b has five groups and hits on multiples of 512 tokens"
+    assert text in " ".join(README.split())
+    (tmp_path / "config.json").write_text(json.dumps(GEOMETRIES["hhst-8b"].hf_config()))
+    assert main(["plan", str(tmp_path), "--block-size=512", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["kv_cache_groups"], facts["prefix_hit_tokens"]) == (5, 512)
+
+
 def test_plan_and_measured_capacity_are_reconciled(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """For the same steps the plan says what vLLM reported; the README says which steps each figure has."""
+    """For the same steps the plan says what vLLM counts; the README says which steps each figure has."""
     _, records = load_results(RESULTS / "kv-capacity.json")
     fitting = {}
     for record in records:
-        steps, name = record.get("max_num_batched_tokens"), record["geometry"]
-        if record["variant"] == "dense" or steps is None:
+        steps, name = record["max_num_batched_tokens"], record["geometry"]
+        if record["variant"] == "dense":
             continue
         (tmp_path / "config.json").write_text(json.dumps(GEOMETRIES[name].hf_config()))
         memory, length = record["kv_cache_bytes"], record["max_model_len"]
         options = ["--json", f"--kv-cache-memory-bytes={memory}", f"--max-model-len={length}"]
         assert main(["plan", str(tmp_path), f"--max-num-batched-tokens={steps}", *options]) == 0
-        planned = json.loads(capsys.readouterr().out)["concurrent_requests"]
-        assert planned == pytest.approx(record["concurrent_requests"], rel=1e-9)
-        fitting[name, steps] = planned
+        planned = json.loads(capsys.readouterr().out)
+        for key in ("concurrent_requests", "concurrent_requests_decoding", "kv_cache_groups"):
+            assert planned[key] == pytest.approx(record[key], rel=1e-9)
+        fitting[name, steps] = planned["concurrent_requests"]
     assert len(fitting) == 8
     figures = f"{fitting['hhst-8b', 16384]:.2f} and {fitting['hhst-8b', 2048]:.2f} for this model"
     text = " ".join(README.split())
