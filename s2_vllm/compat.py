@@ -11,7 +11,8 @@ Each with the reason, the versions it is for, and what would make it superfluous
     Until a backend can: vLLM asks a layer for one spec (`AttentionLayerBase.get_kv_cache_spec`).
 `vllm.v1.engine.core.update_kv_cache_capacity` (0.32, 0.33)
     Runs once, in the process that lays out the KV cache, when it knows the groups and the page count:
-    there the plan is compared with what vLLM has set up, and reported.
+    there the plan is compared with what vLLM has set up, and reported, and the scheduler's groups get
+    the specs that vLLM's registry knows our managers by.
     Until vLLM tells plugins what it has laid out.
 `vllm.entrypoints.cli.main.importlib` (0.32; the CPU build has no 0.33)
     The `vllm` command asks for the version of a package named vllm, and so fails where the CPU build,
@@ -146,13 +147,13 @@ def install_layers() -> None:
 
     update_kv_cache_capacity = core.update_kv_cache_capacity
 
-    def check_and_update_kv_cache_capacity(vllm_config: Any, kv_cache_config: Any) -> None:
-        from s2_vllm.startup import check_and_report
+    def update_and_settle_kv_cache(vllm_config: Any, kv_cache_config: Any) -> None:
+        from s2_vllm.startup import settle_kv_cache
 
         update_kv_cache_capacity(vllm_config, kv_cache_config)
-        check_and_report(vllm_config, kv_cache_config)
+        settle_kv_cache(vllm_config, kv_cache_config)
 
-    core.update_kv_cache_capacity = check_and_update_kv_cache_capacity
+    core.update_kv_cache_capacity = update_and_settle_kv_cache
 
 
 def name_cpu_build() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,16 @@ STRIDED_SUFFIX = ".strided"
 
 PADDING_SUFFIX = ".padding"
 """A layer's name, this and a number is the name of a window tier's entry that no layer uses."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickFullAttentionSpec(FullAttentionSpec):
+    """vLLM's, under a name of its own: the scheduler gets `managers.QuickFullAttentionManager` for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickSlidingWindowSpec(SlidingWindowSpec):
+    """vLLM's, under a name of its own: the scheduler gets `managers.QuickSlidingWindowManager` for it."""
 
 
 def window_spec(plan: CachePlan, dtype: torch.dtype) -> SlidingWindowSpec:

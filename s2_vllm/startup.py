@@ -50,8 +50,12 @@ def prepare(vllm_config: VllmConfig) -> bool:
     return True
 
 
-def check_and_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-    """Compare the KV cache that vLLM has laid out with the plan, and log one line about it.
+def settle_kv_cache(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Compare the KV cache that vLLM has laid out with the plan, log one line, and choose its managers.
+
+    Args:
+        vllm_config: the engine's configuration.
+        kv_cache_config: the scheduler's; without a plan it is left alone.
 
     Raises:
         S2ConfigError: a dense layer has something else than full attention.
@@ -60,8 +64,11 @@ def check_and_report(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) ->
     plan = plan_of(vllm_config)
     if plan is None:
         return
+    from s2_vllm.managers import use_quick_managers
+
     _check_groups(plan, kv_cache_config)
     _report(plan, vllm_config, kv_cache_config)
+    use_quick_managers(kv_cache_config)
 
 
 def _check_groups(plan: CachePlan, kv_cache_config: KVCacheConfig) -> None:

@@ -1,4 +1,4 @@
-"""A simulation of a vLLM engine around vLLM's own KV cache manager, with a plan's specs, and its checks.
+"""A simulation of a vLLM engine around vLLM's KV cache manager, with a plan's specs, and its checks.
 
 The manager decides which page holds what. `Simulation` plays the scheduler, which asks the manager for pages,
 and the worker, which writes the pages through block-table rows that only ever grow. There is no model: a
@@ -27,6 +27,7 @@ from vllm.v1.core.kv_cache_utils import (
 )
 from vllm.v1.request import Request, RequestStatus
 
+from s2_vllm.managers import use_quick_managers
 from tests.plans import cache_config, cache_groups, engine_config, tier_of
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ class Simulation:
         steps_in_flight: 1, or 2 to schedule a step before the one before it has run (asynchronous
             scheduling).
         events: what happens is counted here: a run in which nothing did has tested nothing.
+        quick: whether the groups have the plugin's managers, as in an engine, or vLLM's own.
 
     Raises:
         AssertionError: by any method, when a check fails.
@@ -171,9 +173,12 @@ class Simulation:
         num_blocks: int,
         steps_in_flight: int,
         events: Counter[str],
+        quick: bool = True,
     ) -> None:
         config = engine_config(MAX_MODEL_LEN, MAX_BATCHED_TOKENS)
         pool = cache_config(cache_groups(specs), num_blocks * plan.block_bytes)
+        if quick:
+            use_quick_managers(pool)
         assert pool.num_blocks == num_blocks
         scheduler_block_size, hash_block_size = resolve_kv_cache_block_sizes(pool, config)
         self.manager = KVCacheManager(

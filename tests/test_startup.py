@@ -16,7 +16,7 @@ from benchmarks.geometries import SERVED
 from s2_vllm import compat, startup
 from s2_vllm.config import S2Config, S2ConfigError
 from s2_vllm.plan import ModelGeometry, attach_plan, make_plan, plan_of
-from s2_vllm.startup import check_and_report, prepare
+from s2_vllm.startup import prepare, settle_kv_cache
 from tests.plans import DTYPE, cache_config, cache_groups, cache_specs, engine_config, reference_plan
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def check(plan: CachePlan, specs: dict[str, KVCacheSpec], memory: int = 1 << 30)
     """Check what vLLM makes of `specs` in `memory` bytes against `plan`."""
     config = engine_config()
     attach_plan(config, plan)
-    check_and_report(config, cache_config(cache_groups(specs), memory))
+    settle_kv_cache(config, cache_config(cache_groups(specs), memory))
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -182,7 +182,7 @@ def test_report(report: list[str]) -> None:
 
 def test_nothing_to_report(report: list[str]) -> None:
     groups = cache_groups(cache_specs(reference_plan("hhst-8b")))
-    check_and_report(engine_config(), cache_config(groups, 1 << 30))
+    settle_kv_cache(engine_config(), cache_config(groups, 1 << 30))
     assert not report
 
 
