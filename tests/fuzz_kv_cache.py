@@ -22,7 +22,7 @@ from tests.kv_cache_simulation import MAX_BATCHED_TOKENS, MAX_MODEL_LEN, Sequenc
 from tests.plans import cache_specs
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 BLOCK = 16
 MOST_OPERATIONS = 60
@@ -78,8 +78,8 @@ class Episode:
     room: float
     operations: tuple[Operation, ...]
 
-    def run(self, events: Counter[str]) -> None:
-        """Simulate it, and count in `events` what happens.
+    def run(self, events: Counter[str], make: Callable[..., Simulation] = Simulation) -> None:
+        """Simulate it, by what `make` makes, and count in `events` what happens.
 
         Raises:
             AssertionError: a check has failed.
@@ -88,7 +88,7 @@ class Episode:
         num_blocks = int(blocks * self.room) + 1
         carry_out(
             self.operations,
-            Simulation(self.plan, cache_specs(self.plan), num_blocks, self.steps_in_flight, events),
+            make(self.plan, cache_specs(self.plan), num_blocks, self.steps_in_flight, events),
         )
 
 

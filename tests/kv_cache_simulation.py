@@ -161,6 +161,7 @@ class Simulation:
             scheduling).
         events: what happens is counted here: a run in which nothing did has tested nothing.
         quick: whether the groups have the plugin's managers, as in an engine, or vLLM's own.
+        caching: whether prefixes are cached.
 
     Raises:
         AssertionError: by any method, when a check fails.
@@ -174,6 +175,7 @@ class Simulation:
         steps_in_flight: int,
         events: Counter[str],
         quick: bool = True,
+        caching: bool = True,
     ) -> None:
         config = engine_config(MAX_MODEL_LEN, MAX_BATCHED_TOKENS)
         pool = cache_config(cache_groups(specs), num_blocks * plan.block_bytes)
@@ -187,6 +189,7 @@ class Simulation:
             scheduler_block_size,
             hash_block_size,
             max_in_flight_tokens=steps_in_flight * MAX_BATCHED_TOKENS,
+            enable_caching=caching,
         )
         self.plan = plan
         self.places = Places(plan, pool)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cpu_decode, kv_capacity, phi3_small
+from benchmarks import cpu_decode, kv_capacity, phi3_small, scheduler
 from benchmarks.geometries import GEOMETRIES
 from benchmarks.kernels.report import summary
 from benchmarks.results_file import load_results
@@ -28,6 +28,15 @@ def test_kv_capacity() -> None:
 def test_cpu_decode() -> None:
     _, records = load_results(RESULTS / "cpu-decode.json")
     assert cpu_decode.table(records) in README
+
+
+def test_scheduler() -> None:
+    _, records = load_results(RESULTS / "scheduler.json")
+    assert scheduler.table(records) in README
+    assert [record["geometry"] for record in records] == list(scheduler.ROWS)
+    ratios = [record["ratio"] for record in records]
+    span = f"{min(ratios):.2f} to {max(ratios):.2f} times as long as for the same model dense"
+    assert span in " ".join(README.split())
 
 
 def test_phi3_small() -> None:

@@ -13,7 +13,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
 
 from benchmarks.geometries import SERVED
-from s2_vllm import compat, startup
+from s2_vllm import compat, managers, startup
 from s2_vllm.config import S2Config, S2ConfigError
 from s2_vllm.plan import ModelGeometry, attach_plan, make_plan, plan_of
 from s2_vllm.startup import prepare, settle_kv_cache
@@ -138,7 +138,10 @@ def check(plan: CachePlan, specs: dict[str, KVCacheSpec], memory: int = 1 << 30)
     """Check what vLLM makes of `specs` in `memory` bytes against `plan`."""
     config = engine_config()
     attach_plan(config, plan)
-    settle_kv_cache(config, cache_config(cache_groups(specs), memory))
+    cache = cache_config(cache_groups(specs), memory)
+    settle_kv_cache(config, cache)
+    # The scheduler's managers go by them.
+    assert {type(group.kv_cache_spec) for group in cache.kv_cache_groups} <= set(managers._SPECS.values())
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -182,8 +185,10 @@ def test_report(report: list[str]) -> None:
 
 def test_nothing_to_report(report: list[str]) -> None:
     groups = cache_groups(cache_specs(reference_plan("hhst-8b")))
+    before = [group.kv_cache_spec for group in groups]
     settle_kv_cache(engine_config(), cache_config(groups, 1 << 30))
     assert not report
+    assert [group.kv_cache_spec for group in groups] == before
 
 
 @pytest.mark.parametrize("module", [startup, compat], ids=lambda module: module.__name__)
