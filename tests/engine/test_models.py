@@ -23,6 +23,7 @@ from tests.engine.engines import (
     greedy,
     greedy_params,
     model,
+    scheduler,
 )
 from tests.engine.oracle import Oracle
 
@@ -94,7 +95,8 @@ CASES = {family: Case(MIXED, family=family) for family in FAMILIES} | {
         {"block_size": 128, "local_blocks": 1, "vert_stride": 2, "dense_layers": [2]}, chunk=97
     ),
     "head_size_64": Case(MIXED, {"head_dim": 64}),
-    "shared_entries": Case({**MIXED, "dense_layers": [4]}, {"num_hidden_layers": 9}),
+    "shared_entries": Case({**MIXED, "vert_stride": 8, "dense_layers": [4]}, {"num_hidden_layers": 9}),
+    "padding_entries": Case({**MIXED, "dense_layers": [0, 1, 2, 4, 5, 6]}, {"num_hidden_layers": 7}),
 }
 
 
@@ -127,6 +129,17 @@ def test_many_sparse_layers_share_entries(checkpoint: Callable[..., Path]) -> No
     with engine(checkpoint(case.family, case.s2, **case.shape)) as llm:
         layers = Counter(attention_layers(llm).values())
         assert 0 < layers["StridedTier"] < layers["S2Attention"]
+
+
+def test_few_sparse_layers_bring_padding_entries(checkpoint: Callable[..., Path]) -> None:
+    """The case of that name is what it says; and the scheduler's groups have the plugin's managers."""
+    case = CASES["padding_entries"]
+    with engine(checkpoint(case.family, case.s2, **case.shape)) as llm:
+        layers = Counter(attention_layers(llm).values())
+        assert (layers["S2Attention"], layers["StridedTier"], layers["BareEntry"]) == (1, 1, 2)
+        managers = scheduler(llm).kv_cache_manager.coordinator.single_type_managers
+        kinds = {"QuickSlidingWindowManager": 1, "QuickFullAttentionManager": 4}
+        assert Counter(type(manager).__name__ for manager in managers) == kinds
 
 
 def test_what_vllm_remakes_and_keeps_has_the_plan_and_the_tables(checkpoint: Callable[..., Path]) -> None:
