@@ -20,12 +20,12 @@ PADDING_SUFFIX = ".padding"
 """A layer's name, this and a number is the name of a window tier's entry that no layer uses."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class QuickFullAttentionSpec(FullAttentionSpec):
     """vLLM's, under a name of its own: the scheduler gets `managers.QuickFullAttentionManager` for it."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class QuickSlidingWindowSpec(SlidingWindowSpec):
     """vLLM's, under a name of its own: the scheduler gets `managers.QuickSlidingWindowManager` for it."""
 
