@@ -21,6 +21,8 @@ _logger = logging.getLogger("vllm.s2_vllm")
 def prepare(vllm_config: VllmConfig) -> bool:
     """Validate an engine's configuration, make its plan and set the block size the plan needs.
 
+    vLLM makes new configurations of an engine's, also when the plan has been carried out: they keep it.
+
     Returns:
         Whether the model has a pattern.
 
@@ -37,6 +39,12 @@ def prepare(vllm_config: VllmConfig) -> bool:
     if refusals.asks_for_our_backend(vllm_config):
         # Of no use to the dense layers; the sparse ones bring it.
         vllm_config.attention_config.backend = None
+    if plan_of(vllm_config) is None:
+        _attach_new_plan(vllm_config, config)
+    return True
+
+
+def _attach_new_plan(vllm_config: VllmConfig, config: S2Config) -> None:
     cache_config = vllm_config.cache_config
     plan = make_plan(
         config,
@@ -47,7 +55,6 @@ def prepare(vllm_config: VllmConfig) -> bool:
     cache_config.block_size = plan.dense_block_size
     cache_config.user_specified_block_size = True
     attach_plan(vllm_config, plan)
-    return True
 
 
 def settle_kv_cache(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:

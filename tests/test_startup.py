@@ -64,6 +64,21 @@ def test_pattern_of_a_model(unprepared: Callable[..., VllmConfig], place: str) -
     assert config.cache_config.user_specified_block_size
 
 
+def test_a_plan_that_has_been_carried_out_is_kept(unprepared: Callable[..., VllmConfig]) -> None:
+    """vLLM then calls the smallest page the block size, and makes new configurations of that one."""
+    config = unprepared()
+    config.model_config.hf_config.s2_attention = S2
+    assert prepare(config)
+    plan = plan_of(config)
+    smallest = min(tier.block_size for tier in plan.tiers)
+    assert smallest < plan.dense_block_size
+    config.cache_config.block_size = smallest
+    remade = replace(config)
+    assert prepare(remade)
+    assert plan_of(remade) is plan_of(config) is plan
+    assert remade.cache_config.block_size == smallest
+
+
 def test_block_size_and_ranks_of_the_user(unprepared: Callable[..., VllmConfig]) -> None:
     config = unprepared(block_size=96)
     config.model_config.hf_config.s2_attention = S2
