@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cpu_decode, kv_capacity, phi3_small, scheduler
+from benchmarks import cpu_decode, eager_layer, kv_capacity, phi3_small, scheduler
+from benchmarks.engine.table import tables
 from benchmarks.geometries import GEOMETRIES
 from benchmarks.kernels.report import summary
 from benchmarks.results_file import load_results
@@ -42,6 +43,18 @@ def test_scheduler() -> None:
 def test_phi3_small() -> None:
     _, records = load_results(RESULTS / "phi3-small.json")
     assert phi3_small.table(records) in README
+
+
+def test_engine() -> None:
+    _, records = load_results(RESULTS / "engine-h100.json")
+    for table in tables(records).split("\n\n"):
+        assert table in README
+
+
+def test_eager_layer() -> None:
+    header, records = load_results(RESULTS / "eager-layer.json")
+    assert eager_layer.table(records) in README
+    assert header["gpus"] == ["NVIDIA H100 80GB HBM3"]
 
 
 def test_kernels() -> None:
