@@ -247,12 +247,13 @@ def make_plan(
         )
     # A page more for a tenth of the layers is a tenth of padding.
     most = math.floor(len(sparse) * (1 + MAX_PADDING)) if dense else 1
-    plans = [
-        CachePlan(model, pattern, sparse, dense, tensor_parallel_size, slots // per_entry, per_entry, padding)
-        for per_entry in range(1, most + 1)
-        if (slots := block_size or unit * per_entry) % (unit * per_entry) == 0
-        for padding in _padding_entries(-(-len(sparse) // per_entry), len(dense))
-    ]
+    plans = []
+    for per_entry in range(1, most + 1):
+        slots = block_size or unit * per_entry
+        if slots % (unit * per_entry) == 0:
+            padding = _padding_entries(-(-len(sparse) // per_entry), len(dense))
+            pages = tensor_parallel_size, slots // per_entry, per_entry, padding
+            plans.append(CachePlan(model, pattern, sparse, dense, *pages))
     return _choose(plans)
 
 
@@ -266,14 +267,13 @@ def plan_of(vllm_config: VllmConfig) -> CachePlan | None:
     return getattr(vllm_config.model_config, _ATTRIBUTE, None)
 
 
-def _padding_entries(entries: int, num_dense: int) -> tuple[int, ...]:
-    """Numbers of padding entries to try: none, and where dense layers are many, as few as make few groups.
+def _padding_entries(entries: int, num_dense: int) -> int:
+    """Entries that each of the sparse layers' tiers needs beside `entries`, where dense layers are many.
 
     Groups are as large as the smallest tier. With one each for the window and the strided tier, the rest
     are for the dense layers.
     """
-    missing = -(-num_dense // (MAX_GROUPS - 2)) - entries
-    return (0,) if missing <= 0 else (0, missing)
+    return max(0, -(-num_dense // (MAX_GROUPS - 2)) - entries)
 
 
 def _choose(plans: list[CachePlan]) -> CachePlan:
@@ -284,10 +284,10 @@ def _choose(plans: list[CachePlan]) -> CachePlan:
     fine = [plan for plan in few if plan.hit_alignment <= MAX_COARSER_HITS * finest]
     slim = [plan for plan in fine if plan.padding <= MAX_PADDING]
     if slim:
-        return min(slim, key=lambda plan: (plan.total_groups, plan.hit_alignment, plan.padding))
+        return min(slim, key=lambda plan: (plan.total_groups, plan.hit_alignment))
     if fine:
         return min(fine, key=lambda plan: (plan.padding, plan.total_groups, plan.hit_alignment))
-    return min(few, key=lambda plan: (plan.hit_alignment, plan.padding, plan.total_groups))
+    return min(few, key=lambda plan: plan.hit_alignment)
 
 
 def _group_size(entries_per_tier: list[int]) -> int:

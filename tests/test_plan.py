@@ -241,6 +241,24 @@ def test_few_groups_where_sparse_layers_are_few() -> None:
     assert names == [f"model.layers.28.self_attn.attn{e}{tier}" for e in entries for tier in ("", ".strided")]
 
 
+@pytest.mark.parametrize(
+    ("sparse", "dense", "stride", "groups", "per_entry", "padding", "hits"),
+    [
+        pytest.param(5, 3, 3, 3, 2, Fraction(1, 5), 384, id="fewer-groups-before-finer-hits"),
+        pytest.param(50, 5, 12, 3, 12, Fraction(1, 5), 768, id="finer-hits-of-as-few-groups"),
+        pytest.param(22, 3, 11, 5, 22, Fraction(0), 1408, id="finer-hits-where-padding-is-little"),
+        pytest.param(25, 1, 3, 5, 15, Fraction(1, 5), 960, id="finest-hits-where-all-are-coarse"),
+    ],
+)
+def test_what_comes_first(
+    sparse: int, dense: int, stride: int, groups: int, per_entry: int, padding: Fraction, hits: int
+) -> None:
+    config = S2Config(8, stride, dense_layers=tuple(range(dense)))
+    plan = make_plan(config, ModelGeometry(sparse + dense, 4, 4, 64, 2))
+    assert (plan.total_groups, plan.layers_per_entry) == (groups, per_entry)
+    assert (plan.padding, plan.hit_alignment) == (padding, hits)
+
+
 def test_few_groups_at_the_cost_of_hits() -> None:
     """A strided page spans 192 tokens: of what makes 5 groups, nothing has hits only 4 times as coarse."""
     plan = make_plan(S2Config(8, 3, dense_layers=(0,)), ModelGeometry(80, 32, 32, 128, 2))
