@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -536,12 +537,17 @@ def test_an_engine_without_enough_memory_is_a_reason_and_the_rest_runs(
 def test_failed_requests_are_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    served = [{"engine": asdict(FACTS)}, {"record": record("latency", "s2", failed=2)}]
-    monkeypatch.setattr(offline, "run", lambda job, scratch, log: iter(served))
+    def run(*_: object) -> Iterator[dict[str, Any]]:
+        time.sleep(0.2)
+        yield {"engine": asdict(FACTS)}
+        yield {"record": record("latency", "s2", failed=2)}
+
+    monkeypatch.setattr(offline, "run", run)
     assert tiny_run(tmp_path / "results.json", "latency", "--variants", "s2") == 1
     assert "2 requests failed" in capsys.readouterr().err
     ((found),) = load_engine_results(tmp_path / "results.json")[1]
     assert (found["kv_cache_groups"], found["kv_cache_bytes"], found["failed"]) == (1, 1 << 20, 2)
+    assert found["start_seconds"] >= 0.2
 
 
 # Result files

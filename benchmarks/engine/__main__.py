@@ -132,11 +132,13 @@ class Run:
             log: of what it prints.
         """
         self._say(common, "starting an engine")
+        start = time.monotonic()
         facts: Record = {}
         try:
             for message in messages:
                 if "engine" in message:
-                    facts = self._started(common, KVCacheFacts(**message["engine"]))
+                    seconds = time.monotonic() - start
+                    facts = self._started(common, KVCacheFacts(**message["engine"]), seconds)
                 else:
                     self._add(common, facts | message["record"])
         except RuntimeError as error:
@@ -147,9 +149,10 @@ class Run:
             for measurement in wanted:
                 self._add(common, measurement.refusal(reason))
 
-    def _started(self, common: Record, facts: KVCacheFacts) -> Record:
-        """What every record of an engine says of it."""
+    def _started(self, common: Record, facts: KVCacheFacts, seconds: float) -> Record:
+        """What every record of an engine says of it: its process was ready after so many seconds."""
         found = {
+            "start_seconds": round(seconds, 1),
             "max_num_batched_tokens": facts.max_num_batched_tokens,
             "max_model_len": facts.max_model_len,
             "kv_cache_groups": len(facts.groups),
