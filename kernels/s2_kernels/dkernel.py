@@ -5,9 +5,9 @@
 
 The interface is that of github.com/linxihui/dkernel at commit 0d4e90e: its README, dkernel/interface.py and
 `get_sparse_attn_mask` of dkernel/utils.py; for padding ops/sparse_attn_inference.py, for the log-sum-exp
-ops/sparse_attn_fwd.py. What differs: forward only, mistakes raise ValueError, a past may be of any length
-under any number of queries, a query without keys gets zeros, and packed and padded inputs may be non-causal
-and return the log-sum-exp too. The helpers of dkernel/utils.py for DKernel's own kernels are not here.
+ops/sparse_attn_fwd.py. What differs: mistakes raise ValueError, a past may be of any length under any number
+of queries, a query without keys gets zeros, and packed and padded inputs may be non-causal, return the
+log-sum-exp and be differentiated too. The helpers of dkernel/utils.py for DKernel's own kernels are not here.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from functools import lru_cache
 
 import torch
 
-from s2_kernels.attention import attend, check_shapes
+from s2_kernels.attention import attend
+from s2_kernels.contiguous.checks import check_shapes
+from s2_kernels.contiguous.operators import Spans, read_packed, read_padded
 from s2_kernels.contiguous.partitions import combine_attn_partitions
-from s2_kernels.contiguous.sequences import Span, batch_spans, packed_spans
+from s2_kernels.contiguous.sequences import longest
 from s2_kernels.dkernel_masks import get_sparse_attn_mask
 from s2_kernels.masks import BlockMask
 from s2_kernels.pattern import S2Pattern
@@ -65,7 +67,8 @@ class SparseAttention(torch.nn.Module):
             seq_dim: dimension of the tokens in 4-D inputs, 1 (the default) or 2.
             block_m, block_n, d_splits, inference: accepted for DKernel's sake. They tune its kernels; these
                 choose their tiles themselves.
-            out: tensor to write every call's result to, in q's shape and dtype.
+            out: tensor to write every call's result to, in q's shape and dtype. Calls then have no gradient:
+                an input that requires one is refused.
 
         Raises:
             ValueError: an argument has a wrong shape, dtype or value; the message names it.
@@ -122,7 +125,7 @@ class SparseAttention(torch.nn.Module):
 
         Raises:
             ValueError: an argument has a wrong shape, dtype or value; the message names it.
-            NotImplementedError: an input needs a gradient; there is no backward pass.
+            NotImplementedError: a gradient of a gradient is asked for.
         """
         q, k, v = _split(q, k, v, split_qkv)
         is_packed = q.dim() == 3
@@ -132,18 +135,19 @@ class SparseAttention(torch.nn.Module):
             _refuse(q, "3 dimensions", cu_seqlen_q=cu_seqlen_q, cu_seqlen_k=cu_seqlen_k)
         q, k, v = self._tokens_first(q), self._tokens_first(k), self._tokens_first(v)
         check_shapes(q, k, v)
-        batch, num_queries, num_keys = q.shape[0], q.shape[1], k.shape[1]
+        num_queries, num_keys = q.shape[1], k.shape[1]
         out = None if self.out is None else self._tokens_first(self.out)
+        spans: Spans = None
         if is_packed:
             spans = _packed_spans(num_queries, num_keys, cu_seqlen_q, cu_seqlen_k, self.mask.is_causal)
         elif left_paddings is not None or seqlens is not None:
-            spans = _padded_spans(batch, num_queries, num_keys, left_paddings, seqlens)
-            out = torch.zeros_like(q) if out is None else out.zero_()
-        else:
-            spans = batch_spans(batch, num_queries, num_keys, causal=self.mask.is_causal)
-        longest = max((span.num_keys for span in spans), default=0)
-        if longest > self.mask.max_tokens:
-            raise ValueError(f"k: a sequence of {longest} tokens, expected at most {self.mask.max_tokens}")
+            spans = read_padded(left_paddings, seqlens, q.shape[0], num_queries, num_keys)
+            if out is not None:
+                out.zero_()
+        # Lengths that an operator reads are not known here.
+        num_tokens = num_keys if spans is None else longest(spans) if isinstance(spans, tuple) else 0
+        if num_tokens > self.mask.max_tokens:
+            raise ValueError(f"k: a sequence of {num_tokens} tokens, expected at most {self.mask.max_tokens}")
         pattern = self._pattern_for(q.shape[2], k.shape[2])
         out, lse = attend(q, k, v, pattern, spans, scale=sm_scale, out=out, return_lse=return_lse)
         if is_packed:
@@ -404,7 +408,7 @@ def _packed_spans(
     cu_seqlen_q: torch.Tensor | None,
     cu_seqlen_k: torch.Tensor | None,
     causal: bool,
-) -> tuple[Span, ...]:
+) -> Spans:
     """Spans of packed inputs; without `cu_seqlen_q`, of one query per sequence or of all tokens."""
     if cu_seqlen_k is None:
         raise ValueError("cu_seqlen_k: None, expected where each sequence of the packed k starts")
@@ -419,32 +423,4 @@ def _packed_spans(
                 f"cu_seqlen_q: None, expected where each sequence's queries start: {num_queries} queries are "
                 f"neither one for each of {num_sequences} sequences nor as many as keys ({num_keys})"
             )
-    return packed_spans(cu_seqlen_q, cu_seqlen_k, num_queries, num_keys, causal=causal)
-
-
-def _padded_spans(
-    batch: int,
-    num_queries: int,
-    num_keys: int,
-    left_paddings: torch.Tensor | None,
-    seqlens: torch.Tensor | None,
-) -> tuple[Span, ...]:
-    for name, values in (("left_paddings", left_paddings), ("seqlens", seqlens)):
-        if values is not None and values.shape != (batch,):
-            raise ValueError(f"{name}: shape {tuple(values.shape)}, expected [{batch}]")
-    if num_queries not in (1, num_keys):
-        raise ValueError(f"q: {num_queries} queries, expected 1 or {num_keys}, as k has, with padding")
-    lefts = [0] * batch if left_paddings is None else left_paddings.tolist()
-    lengths = [num_keys - left for left in lefts] if seqlens is None else seqlens.tolist()
-    spans = []
-    for n, (left, length) in enumerate(zip(lefts, lengths, strict=True)):
-        if left < 0 or length < 0 or left + length > num_keys:
-            raise ValueError(
-                f"seqlens: sequence {n} has {left} tokens of left padding and {length} of its own, expected "
-                f"at most {num_keys} together"
-            )
-        if num_queries == num_keys:
-            spans.append(Span(n, left, length, left, length))
-        elif length:
-            spans.append(Span(n, 0, 1, left, length))
-    return tuple(spans)
+    return read_packed(cu_seqlen_q, cu_seqlen_k, num_queries, num_keys, causal)

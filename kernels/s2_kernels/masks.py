@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from itertools import count
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -37,9 +39,12 @@ class BlockMask:
         lists: int32 [entries], key blocks.
         runs: int64 [masks, query blocks, 2, 2], for each row two runs, of which either may be empty: the
             first entry in `lists`, and the one after the last. Key blocks ascend from run to run as well.
+            From row to row neither end of a run moves back.
         mask_of_head: for each head, its index in `runs`.
         is_causal: whether a token attends to no later one. Query block i is then as old as key block i.
         first_row: the first query block that the mask knows; rows before it are empty. 0 if not causal.
+        handle: a name of this mask in this process, for operators that take no Python objects; see
+            `from_handle`.
     """
 
     block_size: int
@@ -49,6 +54,32 @@ class BlockMask:
     mask_of_head: tuple[int, ...]
     is_causal: bool
     first_row: int
+    handle: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "handle", f"{_HANDLE}{next(_NUMBERS)}")
+        _BY_HANDLE[self.handle] = self
+
+    def __reduce__(self) -> tuple[type[BlockMask], tuple[object, ...]]:
+        """A copy, in this process or another, has a handle of its own."""
+        return BlockMask, tuple(getattr(self, of.name) for of in fields(self) if of.init)
+
+    @classmethod
+    def from_handle(cls, handle: str) -> BlockMask:
+        """The mask with this `handle`.
+
+        Raises:
+            ValueError: it is of no mask of this process, or the mask is no more.
+        """
+        mask = _BY_HANDLE.get(handle)
+        if mask is None:
+            raise ValueError(f"handle: {handle!r}, expected that of a block mask which is still in use")
+        return mask
+
+    @staticmethod
+    def is_handle(handle: str) -> bool:
+        """Whether this is the handle of a block mask, and not of a pattern."""
+        return handle.startswith(_HANDLE)
 
     @classmethod
     def from_dense(cls, mask: torch.Tensor, block_size: int, *, causal: bool = True) -> BlockMask:
@@ -249,6 +280,11 @@ class BlockMask:
         blocks = self.dense_rows(first_block, -(-(first + num_queries) // self.block_size))
         visible = blocks[:, positions // self.block_size - first_block, keys // self.block_size]
         return visible & (keys <= positions) if self.is_causal else visible
+
+
+_HANDLE = "block mask "
+_NUMBERS = count()
+_BY_HANDLE: WeakValueDictionary[str, BlockMask] = WeakValueDictionary()
 
 
 def pattern_block_mask(pattern: S2Pattern, max_tokens: int) -> BlockMask:

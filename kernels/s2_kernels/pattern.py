@@ -14,7 +14,7 @@ This module is the only place that knows this. It needs torch for `block_mask` a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -27,6 +27,8 @@ PatternHeads = Literal["kv", "query"]
 
 MAX_VERT_STRIDE = 2**16
 """A super-block counts its tokens in 32 bits, and each head has a table of the stride's length."""
+
+_HANDLE = "s2:"
 
 _CHUNK = 1 << 20
 """Block pairs that are looked at together: bounds the memory of intermediate results."""
@@ -42,6 +44,7 @@ class S2Pattern:
         vert_stride: distance, in blocks, between the strided blocks of a head.
         residues: for each query head, the residue modulo `vert_stride` of its strided blocks.
         num_kv_heads: KV heads; query head h reads KV head h // (num_heads // num_kv_heads).
+        handle: the pattern as text, for operators that take no Python objects; see `from_handle`.
 
     Raises:
         ValueError: a value is out of range, or KV heads keep different numbers of residues.
@@ -52,6 +55,7 @@ class S2Pattern:
     vert_stride: int
     residues: tuple[int, ...]
     num_kv_heads: int
+    handle: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _check_power_of_two("block_size", self.block_size)
@@ -72,6 +76,22 @@ class S2Pattern:
                 f"residues: KV heads keep {[len(k) for k in self.kept_residues]} residues, "
                 "expected the same number for every KV head"
             )
+        numbers = (self.block_size, self.local_blocks, self.vert_stride, self.num_kv_heads, *self.residues)
+        # An attribute, because torch.compile does not trace what makes one when it is asked for.
+        object.__setattr__(self, "handle", _HANDLE + ",".join(map(str, numbers)))
+
+    @classmethod
+    def from_handle(cls, handle: str) -> S2Pattern:
+        """The pattern with this `handle`.
+
+        Raises:
+            ValueError: it is of no pattern.
+        """
+        numbers = handle.removeprefix(_HANDLE).split(",")
+        if not handle.startswith(_HANDLE) or len(numbers) < 5 or not all(map(str.isdecimal, numbers)):
+            raise ValueError(f"handle: {handle!r}, expected that of a pattern, {_HANDLE!r} and numbers")
+        block_size, local_blocks, vert_stride, num_kv_heads, *residues = map(int, numbers)
+        return cls(block_size, local_blocks, vert_stride, tuple(residues), num_kv_heads)
 
     @classmethod
     def build(

@@ -73,6 +73,45 @@ def masked_log_sum_exp(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, sca
     return _masked_logits(q, k, mask, scale).logsumexp(dim=-1)
 
 
+def masked_attention_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    scale: float,
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of `masked_attention` and `masked_log_sum_exp` (arXiv 2205.14135, appendix B.4).
+
+    With the weights P = softmax(S) of a row, a change dS of its logits changes them by
+    P * (dS - sum(P * dS)), and its log-sum-exp by sum(P * dS).
+
+    Args:
+        q, k, v, mask, scale: as in `masked_attention`.
+        d_out: the gradient of the output, [queries, num_heads, head_size].
+        d_lse: the gradient of the log-sum-exp, [num_heads, queries]; None for zeros.
+
+    Returns:
+        The gradients of q, k and v, float32 in their shapes; zeros for a query without any key.
+    """
+    group = q.shape[1] // k.shape[1]
+    q, d_out = q.float(), d_out.float()
+    keys, values = (x.float().repeat_interleave(group, dim=1) for x in (k, v))
+    has_keys = mask.any(dim=-1, keepdim=True)
+    weights = _masked_logits(q, k, mask, scale).softmax(dim=-1).masked_fill(~has_keys, 0.0)
+    d_weights = torch.einsum("qhd,khd->hqk", d_out, values)
+    change = d_weights - (weights * d_weights).sum(dim=-1, keepdim=True)
+    if d_lse is not None:
+        change = change + d_lse.float()[..., None]
+    d_logits = (weights * change).masked_fill(~mask, 0.0)
+    dq = torch.einsum("hqk,khd->qhd", d_logits, keys) * scale
+    dk = torch.einsum("hqk,qhd->khd", d_logits, q) * scale
+    dv = torch.einsum("hqk,qhd->khd", weights, d_out)
+    dk, dv = (x.unflatten(1, (k.shape[1], group)).sum(dim=2) for x in (dk, dv))
+    return dq, dk, dv
+
+
 def _masked_logits(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     """Logits [num_heads, queries, keys], -inf where a query does not attend."""
     k = k.float().repeat_interleave(q.shape[1] // k.shape[1], dim=1)

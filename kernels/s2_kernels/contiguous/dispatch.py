@@ -6,6 +6,7 @@ Implementations are imported when a call first needs them: a process without a G
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from itertools import pairwise
 
 import torch
 
@@ -69,6 +70,72 @@ def run(
         block_sparse_fwd(q, k, v, mask, spans, scale, out, lse)
 
 
+def run_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: S2Pattern | BlockMask,
+    spans: tuple[Span, ...],
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    impl: Impl | None,
+) -> None:
+    """The gradients of what `run` computes, written to `dq`, `dk` and `dv`.
+
+    Nothing is written for a token of no sequence. Two calls give the same bits.
+
+    Args:
+        q, k, v, pattern, spans, scale: of the forward pass.
+        out, lse: what it gave.
+        d_out: the gradient of `out`, in its shape and dtype.
+        d_lse: the gradient of `lse`, likewise, contiguous; None for zeros.
+        dq, dk, dv: as q, k and v.
+        impl: as for `run`; the Hopper kernels have no backward pass.
+
+    Raises:
+        ValueError: `impl` does not take the call, on a GPU no kernel does, or sequences share keys; the
+            message names the fact.
+    """
+    _check_no_shared_keys(spans)
+    strided = {"q": q, "k": k, "v": v, "out": out, "d_out": d_out, "dq": dq, "dk": dk, "dv": dv}
+    chosen = choose(
+        impl,
+        q.device,
+        {
+            "reference": lambda: None,
+            "torch": lambda: None,
+            "triton": partial(limits.refusal, q.device, q.dtype, q.shape[3], pattern.block_size, **strided),
+        },
+    )
+    if chosen == "reference":
+        _reference_gradients(q, k, v, pattern, spans, scale, d_out, d_lse, dq, dk, dv)
+        return
+    mask = pattern if isinstance(pattern, BlockMask) else pattern_block_mask(pattern, longest(spans))
+    if chosen == "torch":
+        from s2_kernels.contiguous.torch_path import block_sparse_bwd as torch_block_sparse_bwd
+
+        torch_block_sparse_bwd(q, k, v, mask, spans, scale, out, lse, d_out, d_lse, dq, dk, dv)
+    else:
+        from s2_kernels.contiguous.block_sparse_bwd import block_sparse_bwd
+
+        block_sparse_bwd(q, k, v, mask, spans, scale, out, lse, d_out, d_lse, dq, dk, dv)
+
+
+@lru_cache(maxsize=64)
+def _check_no_shared_keys(spans: tuple[Span, ...]) -> None:
+    """Raise ValueError when a key is of two sequences: each writes the gradients of all its keys."""
+    ordered = sorted(spans, key=lambda span: (span.batch, span.key_start, span.num_keys))
+    for before, span in pairwise(ordered):
+        if span.batch == before.batch and span.key_start < before.key_start + before.num_keys:
+            raise ValueError(f"spans: {before} and {span}, expected sequences without common keys")
+
+
 def _attend_by_reference(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -79,23 +146,59 @@ def _attend_by_reference(
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
-    from s2_kernels.reference import block_token_mask, masked_attention, masked_log_sum_exp
+    from s2_kernels.reference import masked_attention, masked_log_sum_exp
 
     for span in spans:
-        if isinstance(pattern, BlockMask):
-            mask = pattern.token_mask(first_position(span, pattern), span.num_queries, span.num_keys)
-            mask = mask.to(q.device)
-        else:
-            blocks = pattern.block_mask(-(-span.num_keys // pattern.block_size)).to(q.device)
-            positions = torch.arange(span.num_keys - span.num_queries, span.num_keys, device=q.device)
-            mask = block_token_mask(blocks, pattern.block_size, positions, span.num_keys)
-        mask = mask.repeat_interleave(q.shape[2] // mask.shape[0], dim=0)
-        rows = slice(span.query_start, span.query_start + span.num_queries)
-        keys = slice(span.key_start, span.key_start + span.num_keys)
-        tensors = (q[span.batch, rows], k[span.batch, keys], v[span.batch, keys])
-        out[span.batch, rows] = masked_attention(*tensors, mask, scale)
+        mask = _token_mask(pattern, span, q.shape[2]).to(q.device)
+        rows, keys = _rows_and_keys(span)
+        out[rows] = masked_attention(q[rows], k[keys], v[keys], mask, scale)
         if lse is not None:
-            lse[span.batch, :, rows] = masked_log_sum_exp(*tensors[:2], mask, scale)
+            lse[span.batch, :, rows[1]] = masked_log_sum_exp(q[rows], k[keys], mask, scale)
+
+
+def _reference_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: S2Pattern | BlockMask,
+    spans: tuple[Span, ...],
+    scale: float,
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+) -> None:
+    from s2_kernels.reference import masked_attention_gradients
+
+    for span in spans:
+        mask = _token_mask(pattern, span, q.shape[2]).to(q.device)
+        rows, keys = _rows_and_keys(span)
+        of_span = None if d_lse is None else d_lse[span.batch, :, rows[1]]
+        dq[rows], dk[keys], dv[keys] = masked_attention_gradients(
+            q[rows], k[keys], v[keys], mask, scale, d_out[rows], of_span
+        )
+
+
+def _token_mask(pattern: S2Pattern | BlockMask, span: Span, num_heads: int) -> torch.Tensor:
+    """bool [num_heads, queries, keys] of a sequence, on the CPU."""
+    from s2_kernels.reference import block_token_mask
+
+    if isinstance(pattern, BlockMask):
+        mask = pattern.token_mask(first_position(span, pattern), span.num_queries, span.num_keys)
+    else:
+        blocks = pattern.block_mask(-(-span.num_keys // pattern.block_size))
+        positions = torch.arange(span.num_keys - span.num_queries, span.num_keys, device="cpu")
+        mask = block_token_mask(blocks, pattern.block_size, positions, span.num_keys)
+    return mask.repeat_interleave(num_heads // mask.shape[0], dim=0)
+
+
+def _rows_and_keys(span: Span) -> tuple[tuple[int, slice], tuple[int, slice]]:
+    """Where a sequence is in q, and in k and v."""
+    return (
+        (span.batch, slice(span.query_start, span.query_start + span.num_queries)),
+        (span.batch, slice(span.key_start, span.key_start + span.num_keys)),
+    )
 
 
 def _hopper_refusal(

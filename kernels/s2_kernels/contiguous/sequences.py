@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
 from s2_kernels.masks import BlockMask
+from s2_kernels.pattern import S2Pattern
 
 
 class Span(NamedTuple):
@@ -23,6 +25,11 @@ class Span(NamedTuple):
     num_queries: int
     key_start: int
     num_keys: int
+
+
+def is_causal(pattern: S2Pattern | BlockMask) -> bool:
+    """Whether a token attends to no later one."""
+    return isinstance(pattern, S2Pattern) or pattern.is_causal
 
 
 def first_position(span: Span, mask: BlockMask) -> int:
@@ -83,6 +90,51 @@ def packed_spans(
                 f"keys ({span.num_keys})"
             )
     return spans
+
+
+def padded_spans(
+    left_paddings: torch.Tensor | None,
+    seqlens: torch.Tensor | None,
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+) -> tuple[Span, ...]:
+    """The spans of sequences with padding around them, one in each entry of [batch, tokens, ...] tensors.
+
+    Args:
+        left_paddings: [batch], tokens before each sequence; None for none.
+        seqlens: [batch], tokens of each sequence; None for all after the left padding.
+        batch: sequences.
+        num_queries: tokens of q: one, the sequence's last, or as many as of k.
+        num_keys: tokens of k and v.
+
+    Raises:
+        ValueError: they do not fit together or the tensors; the message names the value.
+    """
+    for name, values in (("left_paddings", left_paddings), ("seqlens", seqlens)):
+        if values is not None and values.shape != (batch,):
+            raise ValueError(f"{name}: shape {tuple(values.shape)}, expected [{batch}]")
+    if num_queries not in (1, num_keys):
+        raise ValueError(f"q: {num_queries} queries, expected 1 or {num_keys}, as k has, with padding")
+    lefts = [0] * batch if left_paddings is None else left_paddings.tolist()
+    lengths = [num_keys - left for left in lefts] if seqlens is None else seqlens.tolist()
+    spans = []
+    for n, (left, length) in enumerate(zip(lefts, lengths, strict=True)):
+        if left < 0 or length < 0 or left + length > num_keys:
+            raise ValueError(
+                f"seqlens: sequence {n} has {left} tokens of left padding and {length} of its own, expected "
+                f"at most {num_keys} together"
+            )
+        if num_queries == num_keys:
+            spans.append(Span(n, left, length, left, length))
+        else:
+            spans.append(Span(n, 0, min(1, length), left, length))
+    return tuple(spans)
+
+
+def covers(lengths: Sequence[int], tensor: torch.Tensor) -> bool:
+    """Whether sequences without common tokens have all tokens of `tensor` [batch, tokens, ...]."""
+    return sum(lengths) == tensor.shape[0] * tensor.shape[1]
 
 
 def longest(spans: tuple[Span, ...]) -> int:
