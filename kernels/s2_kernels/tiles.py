@@ -148,6 +148,12 @@ def masked_softmax_step(logits, visible, v, acc, row_max, row_sum, scale_log2, I
 
 
 @triton.jit
+def finite_rows(tile):
+    """`tile` [rows, HEAD_PADDED] with zeros for NaN and infinities; and [rows], NaN for rows that had any."""
+    return tl.where(tile - tile == 0.0, tile, 0.0), tl.sum((tile - tile).to(tl.float32), 1)
+
+
+@triton.jit
 def has_nan(tile):
     """Whether an element of `tile` [BLOCK_M, HEAD_PADDED] is NaN."""
     return tl.max(tl.max((tile != tile).to(tl.int32), 1), 0) > 0

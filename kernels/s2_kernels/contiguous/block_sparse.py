@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from s2_kernels.contiguous.sequences import Span, first_position
+from s2_kernels.contiguous.steps import load_row_bits, load_starts, positions_of_step
 from s2_kernels.contiguous.visits import GROUP_FIELDS, merge_rows
 from s2_kernels.launch.configs import launch_config, shape_key
 from s2_kernels.launch.cuda_graphs import hold_for_graph
@@ -48,49 +49,6 @@ def tile_table(
             tiles.append((span.batch, tile, span.query_start, span.key_start, first, end, span.num_keys))
     tiles.sort(key=lambda fields: -fields[1])
     return torch.tensor(tiles, dtype=torch.int32, device=device).view(-1, TILE_FIELDS)
-
-
-@triton.jit
-def visits_of_step(step, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The first visit of a step, and the visit of each key: [BLOCK_N], or one that is of all of them."""
-    first = step * BLOCK_N // BLOCK_SIZE
-    visits = first
-    if BLOCK_N > BLOCK_SIZE:
-        visits += tl.arange(0, BLOCK_N) // BLOCK_SIZE
-    return first, visits
-
-
-@triton.jit
-def load_starts(starts, step, table, other, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The first tokens of the blocks that a step visits, `other` after the last visit.
-
-    table: of the first shared run, the second and the tile's own visits, (the visit after the last, where
-    visit 0 would be in `starts`). All visits of a step are in one of the three.
-    """
-    end_0, start_0, end_1, start_1, end, start = table
-    first, visits = visits_of_step(step, BLOCK_SIZE, BLOCK_N)
-    start = tl.where(first < end_0, start_0, tl.where(first < end_1, start_1, start))
-    return tl.load(starts + start + visits, mask=visits < end, other=other)
-
-
-@triton.jit
-def load_row_bits(row_bits, step, table, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The rows that a step's visits are for, as bits: all rows, unless the visits are the tile's own."""
-    _, _, end_1, _, end, start = table
-    first, visits = visits_of_step(step, BLOCK_SIZE, BLOCK_N)
-    end = tl.where(first < end_1, 0, end)
-    return tl.load(row_bits + start + visits, mask=visits < end, other=-1)
-
-
-@triton.jit
-def keys_of_step(start, step, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Positions [BLOCK_N] of the keys of a step whose visits start at `start`.
-
-    The table holds first tokens, not block numbers to be multiplied here: Triton 3.6 takes every lane of
-    loaded * BLOCK_SIZE + lane % BLOCK_SIZE for a multiple of BLOCK_SIZE, and then compares it with only one
-    of BLOCK_SIZE consecutive positions.
-    """
-    return start + (step * BLOCK_N + tl.arange(0, BLOCK_N)) % BLOCK_SIZE
 
 
 @triton.jit
@@ -144,7 +102,7 @@ def attend_rows(
     if ISOLATE or not CAUSAL:
         unmasked_steps = 0
     for step in range(0, unmasked_steps):
-        keys = keys_of_step(start, step, BLOCK_SIZE, BLOCK_N).to(tl.int64)
+        keys = positions_of_step(start, step, BLOCK_SIZE, BLOCK_N).to(tl.int64)
         start = load_starts(starts, step + 1, table, num_keys, BLOCK_SIZE, BLOCK_N)
         logits = query_key(queries, load_tile(k + keys * k_stride_token, HEAD_SIZE, HEAD_PADDED))
         values = load_tile(v + keys * v_stride_token, HEAD_SIZE, HEAD_PADDED)
@@ -154,7 +112,7 @@ def attend_rows(
     row_in_group = positions % GROUP_TOKENS // BLOCK_SIZE
     bits = load_row_bits(row_bits, unmasked_steps, table, BLOCK_SIZE, BLOCK_N)
     for step in range(unmasked_steps, tl.cdiv(table[4] * BLOCK_SIZE, BLOCK_N)):
-        keys = keys_of_step(start, step, BLOCK_SIZE, BLOCK_N)
+        keys = positions_of_step(start, step, BLOCK_SIZE, BLOCK_N)
         bits_of_keys = tl.zeros((BLOCK_N,), tl.int32) + bits
         start = load_starts(starts, step + 1, table, num_keys, BLOCK_SIZE, BLOCK_N)
         bits = load_row_bits(row_bits, step + 1, table, BLOCK_SIZE, BLOCK_N)
