@@ -13,7 +13,8 @@ import triton.language as tl
 from s2_kernels.contiguous.block_sparse import TILE_FIELDS, tile_table
 from s2_kernels.contiguous.block_sparse_bwd_dkdv import block_sparse_bwd_dkdv_kernel
 from s2_kernels.contiguous.block_sparse_bwd_dq import block_sparse_bwd_dq_kernel
-from s2_kernels.contiguous.key_tiles import KEY_TILE_FIELDS, VISIT_FIELDS, key_tiles
+from s2_kernels.contiguous.key_tiles import KEY_TILE_FIELDS, key_tiles
+from s2_kernels.contiguous.key_visits import VISIT_FIELDS
 from s2_kernels.contiguous.sequences import Span, first_position
 from s2_kernels.contiguous.visits import GROUP_FIELDS, merge_rows
 from s2_kernels.launch.configs import launch_config, shape_key
@@ -69,7 +70,9 @@ def block_sparse_bwd_delta_kernel(
     tl.store(delta + row, result, mask=is_row)
 
 
-def block_sparse_bwd_configs(head_padded: int, dtype: torch.dtype) -> tuple[dict[str, int], dict[str, int]]:
+def block_sparse_bwd_configs(
+    head_padded: int, dtype: torch.dtype, block_size: int
+) -> tuple[dict[str, int], dict[str, int]]:
     """Tile shapes and launch options of the kernels for the queries, and for the keys and values."""
     if dtype == torch.float32:  # multiplied without tensor cores: small tiles, or registers spill
         of_queries = {"BLOCK_M": 32, "BLOCK_N": MIN_DOT_SIZE, "num_warps": 8, "num_stages": 2}
@@ -80,7 +83,9 @@ def block_sparse_bwd_configs(head_padded: int, dtype: torch.dtype) -> tuple[dict
     else:
         of_queries = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
         of_keys = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
-    shape = shape_key(head_padded, dtype)
+        if block_size < 64:  # the fewer blocks, the more of their visits do they share
+            of_keys |= {"BLOCK_N": 64, "num_warps": 4}
+    shape = shape_key(head_padded, dtype, block=block_size)
     return (
         launch_config("block_sparse_bwd_dq", shape, of_queries),
         launch_config("block_sparse_bwd_dkdv", shape, of_keys),
@@ -157,7 +162,7 @@ def _launch_dq(
 ) -> None:
     num_heads, head_size = q.shape[2:]
     head_padded = padded_head_size(head_size)
-    config, _ = block_sparse_bwd_configs(head_padded, q.dtype)
+    config, _ = block_sparse_bwd_configs(head_padded, q.dtype, mask.block_size)
     first_positions = tuple(first_position(span, mask) for span in spans)
     tiles = tile_table(spans, first_positions, config["BLOCK_M"], q.device)
     if len(tiles) == 0:
@@ -213,7 +218,7 @@ def _launch_dkdv(
     num_heads, head_size = q.shape[2:]
     num_kv_heads = k.shape[2]
     head_padded = padded_head_size(head_size)
-    _, config = block_sparse_bwd_configs(head_padded, q.dtype)
+    _, config = block_sparse_bwd_configs(head_padded, q.dtype, mask.block_size)
     blocks, visits_per_step = (max(1, config[extent] // mask.block_size) for extent in ("BLOCK_N", "BLOCK_M"))
     tables = key_tiles(mask, spans, num_heads, num_kv_heads, blocks, visits_per_step, q.device)
     if tables.num_tiles == 0:

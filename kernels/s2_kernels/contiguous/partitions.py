@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from s2_kernels.contiguous.torch_path import wide_dtype
+
 
 def combine_attn_partitions(*x: tuple[torch.Tensor, torch.Tensor], hdim: int = 1) -> torch.Tensor:
     """Attention over all keys, from the attention of the same queries over disjoint parts of them.
 
     As in DKernel (github.com/linxihui/dkernel). A part in which a query attends to nothing has a log-sum-exp
-    of -inf and does not count; a query without keys in any part gets zeros.
+    of -inf and does not count; a query without keys in any part gets zeros. Differentiable in the outputs and
+    the log-sum-exps.
 
     Args:
         x: (output, log-sum-exp) of each part: [batch, heads, queries, head_size] or [batch, queries, heads,
@@ -38,12 +41,13 @@ def combine_attn_partitions(*x: tuple[torch.Tensor, torch.Tensor], hdim: int = 1
                 f"x: part {n} has shapes {tuple(output.shape)} and {tuple(lse.shape)}, expected "
                 f"{tuple(shape)} and {tuple(rows)}"
             )
-    lses = torch.stack([lse.float() for _, lse in x])
-    # Without keys in any part: exp(-inf - 0) is the weight of zero that each part is to get.
-    total = lses.logsumexp(dim=0)
-    weights = (lses - total.masked_fill(total == -torch.inf, 0)).exp()
-    result = torch.zeros(shape, dtype=torch.float32, device=weights.device)
+    lses = torch.stack([lse.to(wide_dtype(lse.dtype)) for _, lse in x])
+    # Without keys in any part the total is taken for finite: exp(-inf - finite) is the weight of zero that
+    # each part is to get, and no gradient is NaN.
+    total = lses.masked_fill((lses == -torch.inf).all(dim=0), 0.0).logsumexp(dim=0)
+    weights = (lses - total).exp()
+    result = torch.zeros(shape, dtype=weights.dtype, device=weights.device)
     for (output, _), weight in zip(x, weights, strict=True):
         weight = (weight.transpose(-1, -2) if tokens_first else weight)[..., None]
-        result = result + torch.where(weight == 0, 0.0, output * weight)
+        result = result + output.masked_fill(weight == 0, 0.0) * weight
     return result.to(x[0][0].dtype)
