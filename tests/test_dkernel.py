@@ -20,7 +20,7 @@ from s2_kernels.dkernel import (
     combine_attn_partitions,
     get_sparse_attn_mask,
 )
-from tests.contiguous import expected_attention, random_causal_mask
+from tests.contiguous import expected_attention, expected_gradients, random_causal_mask, spelt_out
 from tests.paged import DEVICE, TOLERANCES
 
 README = Path(__file__).parent.parent / "README.md"
@@ -498,14 +498,62 @@ def test_parts_of_the_keys_combine_to_the_whole(ring: bool, seq_dim: int, homo_h
     assert any_empty != homo_head, "a part in which some query attends to nothing"
 
 
+@pytest.mark.parametrize("homo_head", [False, True], ids=["heads", "homogeneous"])
+@pytest.mark.parametrize("ring", [True, False], ids=["ring", "two-parts"])
+def test_gradients_of_parts_are_those_of_the_whole(ring: bool, homo_head: bool) -> None:
+    """Context parallelism, by DKernel's recipe: through the parts' outputs and their log-sum-exps.
+
+    Every rank has a chunk of the queries, and meets the keys before it chunk by chunk, or as its own and the
+    rest. What its gradients of keys and values are is summed over the ranks.
+    """
+    chunk, chunks, vert_stride = 2 * BLOCK, 3, 4
+    tokens = chunk * chunks
+    q, k, v = (x.float().requires_grad_() for x in random_batch(1, tokens, tokens))
+    d_out = torch.randn_like(q)
+    for rank in range(chunks):
+        start = rank * chunk
+        edges = [n * chunk for n in range(rank + 2)] if ring else sorted({0, start, start + chunk})
+        parts = []
+        for first, end in pairwise(edges):
+            _, blocks, _ = get_sparse_attn_mask(
+                HEADS,
+                chunk,
+                BLOCK,
+                1,
+                vert_stride,
+                num_kv_heads=KV_HEADS,
+                homo_head=homo_head,
+                q_start_position=start,
+                kv_start_position=first,
+                kv_seqlen=end - first,
+            )
+            attn = SparseAttention(BLOCK, blocks, causal=first == start)
+            parts.append(attn(q[:, start : start + chunk], k[:, first:end], v[:, first:end], return_lse=True))
+        out = combine_attn_partitions(*parts, hdim=2)
+        out.backward(d_out[:, start : start + chunk])
+    whole = LocalStrideSparseAttention(
+        HEADS, tokens, BLOCK, 1, vert_stride, num_kv_heads=KV_HEADS, homo_head=homo_head
+    )
+    mask = spelt_out(whole.mask.to_dense(), BLOCK, HEADS, tokens, tokens).to(DEVICE)
+    _, _, expected = expected_gradients(q[0], k[0], v[0], mask, SCALE, d_out[0], None)
+    for x, gradient in zip((q, k, v), expected, strict=True):
+        torch.testing.assert_close(x.grad[0].double(), gradient, atol=3e-5, rtol=3e-5)
+
+
 def test_a_query_without_keys_in_any_part_gets_zeros() -> None:
-    out = torch.full((1, 3, 2, 4), torch.nan)
-    lse = torch.full((1, 3, 2), -torch.inf)
-    other, other_lse = torch.ones(1, 3, 2, 4), lse.clone()
+    out = torch.full((1, 3, 2, 4), torch.nan, requires_grad=True)
+    lse = torch.full((1, 3, 2), -torch.inf, requires_grad=True)
+    other, other_lse = torch.ones(1, 3, 2, 4), lse.detach().clone()
     other_lse[:, 1] = 0.5
+    other, other_lse = other.requires_grad_(), other_lse.requires_grad_()
     combined = combine_attn_partitions((out, lse), (other, other_lse))
     assert (combined[:, 1] == 1).all()
     assert (combined[:, [0, 2]] == 0).all()
+    combined.sum().backward()
+    assert (other.grad[:, 1] == 1).all()
+    assert (other.grad[:, [0, 2]] == 0).all()
+    for x in (out, lse, other_lse):
+        assert (x.grad == 0).all(), "none is NaN"
 
 
 @pytest.mark.parametrize(("hdim", "rows"), [(0, (3, 2)), (1, (3, 2))], ids=["heads-first", "tokens-first"])
@@ -548,7 +596,7 @@ def test_the_names_that_dkernel_exports() -> None:
 
 
 def test_examples_of_dkernels_readme() -> None:
-    """At a sixteenth of their size, and without gradients."""
+    """At a sixteenth of their size."""
     num_heads, max_seq_len, block_size = 4, 512, 16
     q, k, v = (torch.rand(2, 512, num_heads, 32, device=DEVICE, dtype=DTYPE) for _ in range(3))
     attn = LocalStrideSparseAttention(num_heads, max_seq_len, block_size, 8, 8, seq_dim=1)
@@ -580,14 +628,6 @@ def test_library_examples_of_our_readme() -> None:
     tolerance = TOLERANCES[torch.float32]
     torch.testing.assert_close(names["out"], whole[:, 768:], atol=tolerance, rtol=tolerance)
     assert len(examples) == 3
-
-
-@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both-ways"])
-def test_gradients_are_refused(causal: bool) -> None:
-    attn = local_stride(causal=causal)
-    q, k, v = random_batch(1, 20, 20)
-    with pytest.raises(NotImplementedError, match=r"^v: requires a gradient"):
-        attn(q, k, v.requires_grad_())
 
 
 @pytest.mark.parametrize(

@@ -57,13 +57,15 @@ def run(
         _attend_on_hopper(q, k, v, pattern, spans, scale, out, lse)
         return
     if chosen == "reference":
-        _attend_by_reference(q, k, v, pattern, spans, scale, out, lse)
+        with _as_it_is_written(q):
+            _attend_by_reference(q, k, v, pattern, spans, scale, out, lse)
         return
     mask = pattern if isinstance(pattern, BlockMask) else pattern_block_mask(pattern, longest(spans))
     if chosen == "torch":
         from s2_kernels.contiguous.torch_path import block_sparse_fwd as torch_block_sparse_fwd
 
-        torch_block_sparse_fwd(q, k, v, mask, spans, scale, out, lse)
+        with _as_it_is_written(q):
+            torch_block_sparse_fwd(q, k, v, mask, spans, scale, out, lse)
     else:
         from s2_kernels.contiguous.block_sparse import block_sparse_fwd
 
@@ -114,23 +116,30 @@ def run_backward(
         },
     )
     if chosen == "reference":
-        _reference_gradients(q, k, v, pattern, spans, scale, d_out, d_lse, dq, dk, dv)
+        with _as_it_is_written(q):
+            _reference_gradients(q, k, v, pattern, spans, scale, d_out, d_lse, dq, dk, dv)
         return
     mask = pattern if isinstance(pattern, BlockMask) else pattern_block_mask(pattern, longest(spans))
     if chosen == "torch":
         from s2_kernels.contiguous.torch_path import block_sparse_bwd as torch_block_sparse_bwd
 
-        torch_block_sparse_bwd(q, k, v, mask, spans, scale, out, lse, d_out, d_lse, dq, dk, dv)
+        with _as_it_is_written(q):
+            torch_block_sparse_bwd(q, k, v, mask, spans, scale, out, lse, d_out, d_lse, dq, dk, dv)
     else:
         from s2_kernels.contiguous.block_sparse_bwd import block_sparse_bwd
 
         block_sparse_bwd(q, k, v, mask, spans, scale, out, lse, d_out, d_lse, dq, dk, dv)
 
 
+def _as_it_is_written(tensor: torch.Tensor) -> torch.autocast:
+    """PyTorch's arithmetic as it stands, in float32, whatever autocast says around a call."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
 @lru_cache(maxsize=64)
 def _check_no_shared_keys(spans: tuple[Span, ...]) -> None:
     """Raise ValueError when a key is of two sequences: each writes the gradients of all its keys."""
-    ordered = sorted(spans, key=lambda span: (span.batch, span.key_start, span.num_keys))
+    ordered = sorted((span for span in spans if span.num_keys), key=lambda x: (x.batch, x.key_start))
     for before, span in pairwise(ordered):
         if span.batch == before.batch and span.key_start < before.key_start + before.num_keys:
             raise ValueError(f"spans: {before} and {span}, expected sequences without common keys")
