@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from s2_kernels.hopper import consumer, prefill, producer, schedule
+from s2_kernels.hopper import consumer, key_gradients, prefill, producer, query_gradients, schedule
 
 PATIENCE = 20.0
 """Seconds after which a barrier that nobody completes is a deadlock."""
@@ -155,7 +155,9 @@ class Language:
 
     @staticmethod
     def load(pointer: Pointer, mask: Any = True, other: Any = 0) -> Any:
-        return value(pointer.memory[pointer.offset] if mask else other)
+        offset, mask = torch.broadcast_tensors(value(pointer.offset), value(mask))
+        loaded = pointer.memory[torch.where(mask, offset, 0)]
+        return torch.where(mask, loaded, value(other, loaded.dtype)).as_subclass(Value)
 
     @staticmethod
     def store(pointer: Pointer, values: torch.Tensor, mask: torch.Tensor) -> None:
@@ -232,8 +234,9 @@ class Descriptor:
 
     def read(self, row: int, column: int) -> torch.Tensor:
         box = torch.zeros(self.box, dtype=self.dtype)
-        part = self.rows[row : row + self.box[0], column : column + self.box[1]]
-        box[: part.shape[0], : part.shape[1]] = part
+        before = min(max(0, -row), self.box[0])
+        part = self.rows[row + before : max(0, row + self.box[0]), column : column + self.box[1]]
+        box[before : before + part.shape[0], : part.shape[1]] = part
         return box
 
 
@@ -282,7 +285,8 @@ class EmulatedKernel:
         self.constants = {name: thing.value for name, thing in things if type(thing).__name__ == "constexpr"}
 
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        def launch(*arguments: Any, num_warps: int) -> None:
+        def launch(*arguments: Any, num_warps: int, **constants: Any) -> None:
+            arguments += tuple(constants[name] for name in self.arg_names[len(arguments) :])
             for program in range(grid[0]):
                 given = zip(arguments, self.is_constant, strict=True)
                 emulated = [x if is_constant else _argument(x) for x, is_constant in given]
@@ -324,3 +328,12 @@ def _argument(x: Any) -> Any:
 def emulated_prefill() -> EmulatedKernel:
     """The Hopper prefill kernel."""
     return EmulatedKernel(prefill.prefill_fwd_kernel, (schedule, producer, consumer, prefill))
+
+
+def emulated_gradients() -> tuple[EmulatedKernel, EmulatedKernel]:
+    """The Hopper kernels for the gradients of keys and of queries."""
+    modules = (schedule, producer, consumer, key_gradients, query_gradients)
+    return (
+        EmulatedKernel(key_gradients.key_gradients_bwd_kernel, modules),
+        EmulatedKernel(query_gradients.query_gradients_bwd_kernel, modules),
+    )

@@ -33,7 +33,7 @@ def refusal(pattern: S2Pattern, q: torch.Tensor, **keys_and_values: torch.Tensor
     if q.dtype not in DTYPES:
         return f"q: dtype {q.dtype}, expected one of {DTYPES}"
     for name, tensor in {"q": q, **keys_and_values}.items():
-        if not _has_rows(tensor):
+        if not has_rows(tensor):
             return (
                 f"{name}: shape {tuple(tensor.shape)} and strides {tensor.stride()}, expected rows as TMA "
                 "loads them: equally far apart, 16-byte aligned"
@@ -45,7 +45,7 @@ def _is_hopper(device: torch.device) -> bool:
     return nvidia_capability(device) == (9, 0)
 
 
-def _has_rows(tensor: torch.Tensor) -> bool:
+def has_rows(tensor: torch.Tensor) -> bool:
     """Whether the tensor's memory is some equally spaced, 16-byte aligned rows, as TMA wants it.
 
     Of four dimensions, a row is a slot, which lies at a multiple of the rows' distance from the first;

@@ -223,7 +223,7 @@ def prepare_prefill(
     """`s2_kernels.paged.attend` of tensors that `refusal` has nothing against, after its checks."""
     window_cache, strided_cache, window_table, strided_table, query_start_loc, seq_lens = requests
     page_slots, columns = window_cache.shape[2:]
-    queries = _queries(q)
+    queries = head_blocks(q)
     window, strided = _rows(window_cache, columns), _rows(strided_cache, columns)
     launch = _prepare(
         queries,
@@ -291,7 +291,7 @@ def contiguous_prefill_fwd(
         tables: of the pattern.
     """
     columns = k.shape[1] * k.shape[2]
-    queries, keys, values = _queries(q), _rows(k, columns), _rows(v, columns)
+    queries, keys, values = head_blocks(q), _rows(k, columns), _rows(v, columns)
     launch = _prepare(
         queries,
         (keys, values, keys, values),
@@ -390,7 +390,7 @@ def heads_per_section(pattern: S2Pattern, max_seq_len: int, head_size: int, sect
     return kv_heads * pattern.group_size
 
 
-def _queries(q: torch.Tensor) -> TensorDescriptor:
+def head_blocks(q: torch.Tensor) -> TensorDescriptor:
     """[tokens, num_heads * head_size], for loads of half a tile of a head."""
     num_tokens, num_heads, head_size = q.shape
     return TensorDescriptor(
