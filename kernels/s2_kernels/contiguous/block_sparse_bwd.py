@@ -78,13 +78,13 @@ def block_sparse_bwd_configs(
         of_queries = {"BLOCK_M": 32, "BLOCK_N": MIN_DOT_SIZE, "num_warps": 8, "num_stages": 2}
         of_keys = {"BLOCK_M": MIN_DOT_SIZE, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     elif head_padded > 128:
-        of_queries = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
+        of_queries = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
         of_keys = {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
     else:
-        of_queries = {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+        of_queries = {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 3}
         of_keys = {"BLOCK_M": 64, "BLOCK_N": 128, "num_warps": 8, "num_stages": 2}
         if block_size < 64:  # the fewer blocks, the more of their visits do they share
-            of_keys |= {"BLOCK_N": 64, "num_warps": 4}
+            of_keys |= {"BLOCK_M": 32, "BLOCK_N": 64, "num_warps": 4}
     shape = shape_key(head_padded, dtype, block=block_size)
     return (
         launch_config("block_sparse_bwd_dq", shape, of_queries),
