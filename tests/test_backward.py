@@ -267,7 +267,26 @@ LEAKS = {
 }
 
 
-@pytest.mark.parametrize("where", ["keys", "values", "queries"])
+def spoil(case: Case, where: str, mask: torch.Tensor, spoilt: torch.Tensor, value: float) -> torch.Tensor:
+    """Put `value` into some tokens. Returns bool [heads, queries]: whose outputs or gradients are spoilt."""
+    (span,) = case.spans
+    is_reached = torch.zeros_like(mask[..., 0])
+    if where in ("queries", "gradients"):
+        is_reached[:, spoilt] = True
+        case.d_out[0, case.rows(span)][spoilt] = value
+    if where == "queries":
+        case.q[0, case.rows(span)][spoilt] = value
+    elif where != "gradients":
+        is_reached |= mask[:, :, spoilt].any(dim=2)
+        (case.k if where == "keys" else case.v)[0, case.keys(span)][spoilt] = value
+    if where != "gradients":
+        for head, rows in enumerate(is_reached):
+            case.out[0, case.rows(span), head][rows] = torch.nan
+            case.lse[0, head, case.rows(span)][rows] = torch.nan
+    return is_reached
+
+
+@pytest.mark.parametrize("where", ["keys", "values", "queries", "gradients"])
 @pytest.mark.parametrize(
     ("name", "value"),
     [*((name, NAN) for name in LEAKS), ("arbitrary-16", INF), ("arbitrary-16", -1e4)],
@@ -282,36 +301,39 @@ def test_what_nobody_attends_to_changes_nothing(name: str, where: str, value: fl
     (span,) = case.spans
     mask = spelt_out(dense, block_size, 2, 90, 90).to(DEVICE)
     spoilt = torch.tensor([20, 40], device=DEVICE)
-    is_reached = torch.zeros(2, 90, dtype=torch.bool, device=DEVICE)
-    if where == "queries":
-        case.q[0, case.rows(span)][spoilt] = value
-        case.d_out[0, case.rows(span)][spoilt] = value
-        case.out[0, case.rows(span)][spoilt] = torch.nan
-        case.lse[0, :, case.rows(span)][:, spoilt] = torch.nan
-        is_reached[:, spoilt] = True
-    else:
-        (case.k if where == "keys" else case.v)[0, case.keys(span)][spoilt] = value
-        is_reached |= mask[:, :, spoilt].any(dim=2)
-        # Their outputs are spoilt as well, and with them all gradients that they take part in.
-        for head in range(2):
-            case.out[0, case.rows(span), head][is_reached[head]] = torch.nan
-            case.lse[0, head, case.rows(span)][is_reached[head]] = torch.nan
+    is_reached = spoil(case, where, mask, spoilt, value)
     is_read = (mask & is_reached[..., None]).any(dim=1).any(dim=0)
-    if where != "queries":
-        is_read[spoilt] = True
     assert not is_reached.all()
-    assert where != "queries" or not is_read.all()
+    of_rows = where in ("queries", "gradients")
+    assert is_read[spoilt].any() if of_rows else is_read[spoilt].all()
+    assert not of_rows or not is_read.all()
     dq_expected, dk_expected, dv_expected = case.expected[0]
     for impl in ("triton", "torch"):
         dq, dk, dv = case.gradients(block_mask(dense, block_size), impl)
         close = partial(torch.testing.assert_close, atol=6e-3, rtol=6e-3)
-        for head in range(2):
-            rows = ~is_reached[head]
+        for head, rows in enumerate(~is_reached):
             close(dq[0, case.rows(span), head][rows].double(), dq_expected[:, head][rows])
         for output, expected in ((dk, dk_expected), (dv, dv_expected)):
             close(output[0, case.keys(span)][~is_read].double(), expected[~is_read])
         if value != value:
-            assert dq[0, case.rows(span)].transpose(0, 1)[is_reached].isnan().all()
+            has_keys = mask.any(dim=2)
+            assert dq[0, case.rows(span)].transpose(0, 1)[is_reached & has_keys].isnan().all()
+            assert not of_rows or dk[0, case.keys(span)][is_read].isnan().all()
+            assert not of_rows or dv[0, case.keys(span)][is_read].isnan().all()
+
+
+def test_an_infinite_key_of_no_weight_spoils_who_attends_to_it() -> None:
+    """Its logits are -inf, which leaves the outputs finite. Their gradients are zero times infinity."""
+    dense = S2Pattern.build(2, 1, block_size=16, local_blocks=1, vert_stride=3).block_mask(4)
+    case = build_case(dense, 16, [(0, 60)], torch.float16, heads=2, kv_heads=1, head_size=16)
+    (span,) = case.spans
+    case.q[0, case.rows(span), :, 3] = -1
+    case.k[0, case.keys(span)][20, :, 3] = INF
+    is_reached = spelt_out(dense, 16, 2, 60, 60)[:, :, 20].to(DEVICE)
+    for impl in ("triton", "torch"):
+        dq, _, _ = case.gradients(block_mask(dense, 16), impl)
+        is_finite = dq[0, case.rows(span)].isfinite().all(dim=2).T
+        assert torch.equal(is_finite, ~is_reached)
 
 
 def test_sequences_with_common_keys_are_refused() -> None:
