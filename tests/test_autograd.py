@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import pickle
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -334,27 +332,6 @@ def test_mistakes_are_named_through_operators() -> None:
         s2_attention(q, k, v, BlockMask.from_pattern(PATTERN, 1))
     with pytest.raises(ValueError, match=r"^cu_seqlens_q: \[0, 21\]"):
         s2_attention(q[0], k[0], v[0], PATTERN, cu_seqlens_q=torch.tensor([0, 21]))
-
-
-def test_handles() -> None:
-    assert S2Pattern.from_handle(PATTERN.handle) == PATTERN
-    assert S2Pattern.from_handle(PATTERN.handle).handle == PATTERN.handle
-    mask = ALONG["mask"]
-    assert isinstance(mask, BlockMask)
-    assert BlockMask.from_handle(mask.handle) is mask
-    for other in (pickle.loads(pickle.dumps(mask)), copy.deepcopy(mask)):
-        assert torch.equal(other.to_dense(), mask.to_dense())
-        assert BlockMask.from_handle(other.handle) is other
-    assert BlockMask.from_handle(mask.handle) is mask
-    handle = other.handle
-    del other
-    gc.collect()
-    for wrong in (handle, "block mask -1"):
-        with pytest.raises(ValueError, match=rf"^handle: '{wrong}', expected that of a block mask"):
-            BlockMask.from_handle(wrong)
-    for wrong in ("", "s2:", "s2:16,1,3,2", "s2:16,1,3,2,-1", PATTERN.handle.removeprefix("s2:")):
-        with pytest.raises(ValueError, match=rf"^handle: '{wrong}', expected that of a pattern"):
-            S2Pattern.from_handle(wrong)
 
 
 def test_tables_that_a_cuda_graph_reads_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import pickle
 import warnings
 
 import pytest
@@ -340,3 +343,21 @@ def test_masks_are_on_the_cpu_whatever_the_default_device_is() -> None:
         mask, whole = BlockMask.from_dense(dense, 16), pattern_block_mask(pattern, 200)
     assert torch.equal(mask.to_dense(), dense)
     assert whole.col.device.type == "cpu"
+
+
+def test_a_handle_is_of_one_mask_while_it_lives() -> None:
+    mask = BlockMask.from_dense(local_window(4, 2), 16)
+    copies = [pickle.loads(pickle.dumps(mask)), copy.deepcopy(mask), mask.select([0, 0])]
+    for other in (mask, *copies):
+        assert BlockMask.is_handle(other.handle)
+        assert BlockMask.from_handle(other.handle) is other
+    assert len({other.handle for other in (mask, *copies)}) == 4
+    assert torch.equal(copies[0].to_dense(), mask.to_dense())
+    assert "handle" not in repr(mask)
+    handle = mask.handle
+    del mask, other
+    gc.collect()
+    with pytest.raises(ValueError, match=r"^handle: ") as caught:
+        BlockMask.from_handle(handle)
+    assert str(caught.value) == f"handle: {handle!r}, expected that of a block mask which is still in use"
+    assert not BlockMask.is_handle(S2Pattern.build(2, 1).handle)

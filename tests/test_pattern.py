@@ -324,3 +324,22 @@ def test_what_is_said_of_kv_heads_that_keep_different_numbers_of_residues() -> N
     assert str(caught.value) == (
         "residues: KV heads keep [1, 2] residues, expected the same number for every KV head"
     )
+
+
+@given(arguments=build_arguments())
+def test_a_handle_gives_the_pattern_again(arguments: dict[str, Any]) -> None:
+    pattern = S2Pattern.build(**arguments)
+    again = S2Pattern.from_handle(pattern.handle)
+    assert again == pattern
+    assert again.handle == pattern.handle
+    assert "handle" not in repr(pattern)
+
+
+@pytest.mark.parametrize(
+    "handle", ["", "s2:", "s2:16,2,4,2", "s2:16,2,4,2,-1", "16,2,4,2,0,3", "S2:16,2,4,2,0,3"]
+)
+def test_other_text_is_no_handle(handle: str) -> None:
+    assert S2Pattern(**PATTERN).handle == "s2:16,2,4,2,0,3"
+    with pytest.raises(ValueError, match=r"^handle: ") as caught:
+        S2Pattern.from_handle(handle)
+    assert str(caught.value) == f"handle: {handle!r}, expected that of a pattern, 's2:' and numbers"

@@ -54,6 +54,7 @@ def s2_attention(
     Returns:
         As q, in q's dtype. With `return_lse` also the natural logarithm of the sum of the exponentials of
         the scaled logits, -inf for an empty set: float32 [batch, num_heads, queries], or [num_heads, tokens].
+        (float64 for inputs of that, which only PyTorch's implementations take.)
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or value, or `impl` does not take the call; the
@@ -103,8 +104,8 @@ def attend(
         impl: as in `s2_attention`.
 
     Returns:
-        out, and the log-sum-exp, float32 [batch, num_heads, queries] (-inf for tokens of no sequence), or
-        None.
+        out, and the log-sum-exp, float32 (or float64, for inputs of that) [batch, num_heads, queries], -inf
+        for tokens of no sequence, or None.
 
     Raises:
         ValueError: an argument has a wrong shape, dtype or value, or `impl` does not take the call; the
