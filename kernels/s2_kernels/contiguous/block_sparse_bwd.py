@@ -7,10 +7,9 @@ and values. Each element of a gradient is summed by one program, in one order.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 
 from s2_kernels.contiguous.block_sparse import TILE_FIELDS, tile_table
+from s2_kernels.contiguous.block_sparse_bwd_delta import block_sparse_bwd_delta_kernel
 from s2_kernels.contiguous.block_sparse_bwd_dkdv import block_sparse_bwd_dkdv_kernel
 from s2_kernels.contiguous.block_sparse_bwd_dq import block_sparse_bwd_dq_kernel
 from s2_kernels.contiguous.key_tiles import KEY_TILE_FIELDS, key_tiles
@@ -21,53 +20,9 @@ from s2_kernels.launch.configs import launch_config, shape_key
 from s2_kernels.launch.cuda_graphs import hold_for_graph
 from s2_kernels.launch.limits import LOG2_E, MIN_DOT_SIZE, padded_head_size
 from s2_kernels.masks import BlockMask
-from s2_kernels.tiles import load_tile_where
 
-_ROWS = 16
-"""Rows that a program of the first kernel sums."""
-
-
-@triton.jit(do_not_specialize=["num_queries", "num_row_tiles", "lse_stride_batch", "lse_stride_head"])
-def block_sparse_bwd_delta_kernel(
-    out,  # [batch, queries, num_heads, head_size]
-    d_out,  # as out
-    d_lse,  # [batch, num_heads, queries]
-    delta,  # as d_lse
-    num_queries,
-    num_row_tiles,
-    out_stride_batch: tl.int64,
-    out_stride_token: tl.int64,
-    out_stride_head: tl.int64,
-    d_out_stride_batch: tl.int64,
-    d_out_stride_token: tl.int64,
-    d_out_stride_head: tl.int64,
-    lse_stride_batch: tl.int64,
-    lse_stride_head: tl.int64,
-    NUM_HEADS: tl.constexpr,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PADDED: tl.constexpr,
-    WITH_D_LSE: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """rowsum(dO * O), less the gradient of the log-sum-exp.
-
-    Program (b * num_row_tiles + n) * num_heads + h: tile n of the queries of batch entry b, query head h.
-    """
-    program = tl.program_id(0)
-    head = (program % NUM_HEADS).to(tl.int64)
-    row_tile = program // NUM_HEADS % num_row_tiles
-    batch = (program // NUM_HEADS // num_row_tiles).to(tl.int64)
-    tokens = row_tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    is_row = tokens < num_queries
-    out += batch * out_stride_batch + head * out_stride_head
-    d_out += batch * d_out_stride_batch + head * d_out_stride_head
-    rows = load_tile_where(out + tokens * out_stride_token, is_row, HEAD_SIZE, HEAD_PADDED)
-    d_rows = load_tile_where(d_out + tokens * d_out_stride_token, is_row, HEAD_SIZE, HEAD_PADDED)
-    result = tl.sum(rows.to(tl.float32) * d_rows.to(tl.float32), 1)
-    row = batch * lse_stride_batch + head * lse_stride_head + tokens
-    if WITH_D_LSE:
-        result -= tl.load(d_lse + row, mask=is_row, other=0.0)
-    tl.store(delta + row, result, mask=is_row)
+_DELTA_ELEMENTS = 4096
+"""Elements of a tile of the first kernel, which does nothing but load."""
 
 
 def block_sparse_bwd_configs(
@@ -75,7 +30,7 @@ def block_sparse_bwd_configs(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Tile shapes and launch options of the kernels for the queries, and for the keys and values."""
     if dtype == torch.float32:  # multiplied without tensor cores: small tiles, or registers spill
-        of_queries = {"BLOCK_M": 32, "BLOCK_N": MIN_DOT_SIZE, "num_warps": 8, "num_stages": 2}
+        of_queries = {"BLOCK_M": 32, "BLOCK_N": MIN_DOT_SIZE, "num_warps": 8, "num_stages": 1}
         of_keys = {"BLOCK_M": MIN_DOT_SIZE, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     elif head_padded > 128:
         of_queries = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
@@ -126,7 +81,9 @@ def _launch_delta(
     out: torch.Tensor, d_out: torch.Tensor, d_lse: torch.Tensor | None, delta: torch.Tensor
 ) -> None:
     batch, num_queries, num_heads, head_size = out.shape
-    num_row_tiles = -(-num_queries // _ROWS)
+    head_padded = padded_head_size(head_size)
+    rows = _DELTA_ELEMENTS // head_padded
+    num_row_tiles = -(-num_queries // rows)
     if out.numel() == 0:
         return
     block_sparse_bwd_delta_kernel[(batch * num_row_tiles * num_heads,)](
@@ -141,10 +98,10 @@ def _launch_delta(
         *delta.stride()[:2],
         NUM_HEADS=num_heads,
         HEAD_SIZE=head_size,
-        HEAD_PADDED=padded_head_size(head_size),
+        HEAD_PADDED=head_padded,
         WITH_D_LSE=d_lse is not None,
-        ROWS=_ROWS,
-        num_warps=2,
+        ROWS=rows,
+        num_warps=4,
     )
 
 
