@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from s2_kernels import hopper
-from s2_kernels.contiguous.dispatch import _packed_lengths
+from s2_kernels.contiguous.dispatch import run_backward
 from s2_kernels.contiguous.sequences import Span
 from s2_kernels.hopper import gradients
 from s2_kernels.hopper.key_items import NO_BLOCK, key_items
-from s2_kernels.layout import head_tables
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.reference import masked_attention, masked_log_sum_exp, token_mask
 from tests.gluon_emulator import emulated_gradients
@@ -102,21 +101,7 @@ def gradients_by_hopper(
     """(dq, dk, dv), NaN where nothing was written."""
     q, k, v, d_out, d_lse = inputs
     found = [torch.full_like(x, torch.nan) for x in (q, k, v)]
-    gradients.contiguous_prefill_bwd(
-        q,
-        k,
-        v,
-        _packed_lengths(spans, q.shape[1], k.shape[1], q.device),
-        pattern,
-        spans,
-        scale,
-        out.to(q.dtype),
-        lse,
-        d_out,
-        d_lse,
-        *found,
-        head_tables(pattern, q.device),
-    )
+    run_backward(q, k, v, pattern, spans, scale, out.to(q.dtype), lse, d_out, d_lse, *found, impl="hopper")
     return found
 
 

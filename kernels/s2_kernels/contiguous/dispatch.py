@@ -98,7 +98,7 @@ def run_backward(
         d_out: the gradient of `out`, in its shape and dtype.
         d_lse: the gradient of `lse`, likewise, contiguous; None for zeros.
         dq, dk, dv: as q, k and v.
-        impl: as for `run`; the Hopper kernels have no backward pass.
+        impl: as for `run`.
 
     Raises:
         ValueError: `impl` does not take the call, on a GPU no kernel does, or sequences share keys; the
@@ -113,8 +113,13 @@ def run_backward(
             "reference": lambda: None,
             "torch": lambda: None,
             "triton": partial(limits.refusal, q.device, q.dtype, q.shape[3], pattern.block_size, **strided),
+            "hopper": partial(_hopper_refusal, q, k, v, pattern, spans, out, dq=dq, dk=dk, dv=dv),
         },
     )
+    if chosen == "hopper":
+        assert isinstance(pattern, S2Pattern)
+        _hopper_gradients(q, k, v, pattern, spans, scale, out, lse, d_out, d_lse, dq, dk, dv)
+        return
     if chosen == "reference":
         with _as_it_is_written(q):
             _reference_gradients(q, k, v, pattern, spans, scale, d_out, d_lse, dq, dk, dv)
@@ -217,8 +222,9 @@ def _hopper_refusal(
     pattern: S2Pattern | BlockMask,
     spans: tuple[Span, ...],
     out: torch.Tensor,
+    **gradients: torch.Tensor,
 ) -> str | None:
-    """Why the Hopper kernel does not take a call: it wants sequences without gaps, and rows of tokens."""
+    """Why the Hopper kernels do not take a call: they want sequences without gaps, and rows of tokens."""
     if isinstance(pattern, BlockMask):
         return "pattern: a block mask, expected an S2Pattern"
     if q.numel() == 0:
@@ -227,9 +233,11 @@ def _hopper_refusal(
     starts = [end - span.num_queries for end, span in zip(ends, spans, strict=True)]
     if [*starts, q.shape[0] * q.shape[1]] != [0, *ends]:
         return "q: tokens between its sequences, expected one sequence right after the other"
-    if not limits.has_contiguous_last_dim(out):
-        return f"out: strides {out.stride()}, expected a contiguous last dimension"
-    for name, tensor in (("q", q), ("k", k), ("v", v), ("out", out)):
+    stored = {"out": out, **gradients}
+    for name, tensor in stored.items():
+        if not limits.has_contiguous_last_dim(tensor):
+            return f"{name}: strides {tensor.stride()}, expected a contiguous last dimension"
+    for name, tensor in {"q": q, "k": k, "v": v, **stored}.items():
         if tensor.shape[0] != 1 and tensor.stride(0) != tensor.shape[1] * tensor.stride(1):
             return f"{name}: strides {tensor.stride()}, expected no gap between the sequences of a batch"
     return hopper.refusal(pattern, q[0], k=k[0], v=v[0])
@@ -265,6 +273,31 @@ def _attend_on_hopper(
     )
     if lse is not None and row_lse is not None:
         lse.copy_(row_lse.unflatten(0, q.shape[:2]).transpose(1, 2))
+
+
+def _hopper_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: S2Pattern,
+    spans: tuple[Span, ...],
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    d_out: torch.Tensor,
+    d_lse: torch.Tensor | None,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+) -> None:
+    from s2_kernels.hopper.gradients import contiguous_prefill_bwd
+
+    lengths = _packed_lengths(spans, q.shape[1], k.shape[1], q.device)
+    hold_for_graph(*lengths)
+    tables = head_tables(pattern, q.device)
+    contiguous_prefill_bwd(
+        q, k, v, lengths, pattern, spans, scale, out, lse, d_out, d_lse, dq, dk, dv, tables
+    )
 
 
 @lru_cache(maxsize=64)
