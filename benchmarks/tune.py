@@ -64,6 +64,7 @@ class Search:
 
 TRITON_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 PORTABLE_CASES = [Case("prefill", name, 1, 32768) for name in ("block128-head64", "block128-head128")]
+GRADIENT_CASES = [Case("backward", geometry, 1, 32768) for geometry in ("hhst-8b", "s2-7b", "head64")]
 SEARCHES = {
     "cache_write": Search(
         [Case("cache_write", "hhst-8b", 1, 8192)],
@@ -103,6 +104,12 @@ SEARCHES = {
         ("STAGES", "section_mib"),
         [(2, 1), (2, 2), (2, 4), (2, 8), (2, 16), (4, 4), (4, 8)],
     ),
+    "hopper_key_gradients": Search(GRADIENT_CASES, ("STAGES",), [(2,), (3,), (4,), (6,)]),
+    "hopper_query_gradients": Search(
+        GRADIENT_CASES,
+        ("STAGES", "section_mib"),
+        [(2, 4), (3, 4), (4, 1), (4, 2), (4, 4), (4, 8), (4, 16)],
+    ),
     "block_sparse": Search(
         PORTABLE_CASES,
         TRITON_OPTIONS,
@@ -132,7 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(launches: Sequence[Launch], in_graph: bool) -> float:
+def measure(launches: Sequence[Launch], in_graph: bool | None) -> float:
     return median_ms(launches, SECONDS, in_graph)
 
 

@@ -14,7 +14,8 @@ from benchmarks import plot
 from benchmarks.geometries import GEOMETRIES, Geometry
 from benchmarks.kernels import __main__ as command
 from benchmarks.kernels import cases, check, implementations, report, work
-from benchmarks.kernels.cases import Case
+from benchmarks.kernels.cases import GRADIENT_OPS, Case
+from benchmarks.kernels.check_gradients import check_gradients, expected_gradients
 from benchmarks.kernels.flex import flex_block_mask
 from benchmarks.kernels.inputs import DENSE_PAGE_TOKENS, random_inputs
 from benchmarks.kernels.run import run_case
@@ -243,6 +244,36 @@ def test_peers_are_checked_against_their_own_reference() -> None:
     assert records.keys() == {"s2", "fa2", "s2_contiguous"}
 
 
+@pytest.mark.parametrize("op", GRADIENT_OPS)
+@pytest.mark.parametrize("name", TINY)
+def test_gradients_are_checked_and_timed(op: str, name: str) -> None:
+    for record in run(Case(op, name, 1, 200), "s2", "fa2"):
+        assert record.keys() == {"op", "geometry", "batch", "seq_len", "impl", "ms", "tflops", "max_rel_err"}
+        assert record["max_rel_err"] < 1e-4
+
+
+@pytest.mark.parametrize("which", range(3), ids=["dq", "dk", "dv"])
+def test_a_wrong_gradient_is_found(which: int) -> None:
+    inputs = random_inputs(Case("backward", "tiny", 1, 200), torch.float32, CPU)
+    expected = expected_gradients(inputs, dense=False)
+    found = list(implementations.IMPLEMENTATIONS["s2"].ops["backward"](inputs)())
+    check_gradients(tuple(found), expected)
+    found[which] = found[which].clone()
+    found[which][int(expected.rows[3]), 0] *= 1.1
+    with pytest.raises(check.CheckFailed, match=f"of {('dq', 'dk', 'dv')[which]} "):
+        check_gradients(tuple(found), expected)
+    found[which][0, 1] = torch.nan
+    with pytest.raises(check.CheckFailed, match="NaN in"):
+        check_gradients(tuple(found), expected)
+
+
+def test_products_of_a_backward_pass() -> None:
+    forward, backward, both = (
+        work.flop(Case(op, "tiny", 1, 256), False) for op in ("prefill", "backward", "forward_backward")
+    )
+    assert (backward, both) == (2.5 * forward, 3.5 * forward)
+
+
 def test_an_implementation_skips_what_it_does_not_do() -> None:
     assert run(Case("cache_write", "tiny", 1, 200), "fa2", "flex") == []
 
@@ -284,7 +315,7 @@ def test_ours_are_known_as_ours() -> None:
     ours = {
         name for name, implementation in implementations.IMPLEMENTATIONS.items() if implementation.is_ours
     }
-    assert ours == {"s2", "s2_contiguous"}
+    assert ours == {"s2", "s2_contiguous", "s2_triton"}
 
 
 def test_default_cases() -> None:
@@ -302,7 +333,7 @@ def test_default_cases() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ops", "backward"], "--ops: invalid choice: 'backward'"),
+        (["--ops", "sideways"], "--ops: invalid choice: 'sideways'"),
         (["--geometries", "llama"], "--geometries: invalid choice: 'llama'"),
         (["--impls", "fa9"], "--impls: invalid choice: 'fa9'"),
         (["--seq-lens", "0"], "--seq-lens: '0', expected a positive integer"),

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.tune import SEARCHES
 from s2_kernels.contiguous.block_sparse import block_sparse_config
+from s2_kernels.hopper.gradients import key_gradients_config, query_gradients_config
 from s2_kernels.hopper.prefill import hopper_prefill_config
 from s2_kernels.launch import configs
 from s2_kernels.launch.configs import Config, launch_config, load_table, shape_key, table_path, trial
@@ -116,7 +117,9 @@ KERNELS: dict[str, Callable[[int, torch.dtype, int], Config]] = {
     "block_sparse": lambda head_size, dtype, kept: block_sparse_config(head_size, dtype, max_queries=1000),
     "cache_write": lambda head_size, dtype, kept: cache_write_config(head_size, dtype),
     "decode": lambda head_size, dtype, kept: decode_config(head_size, 64, kept, dtype),
+    "hopper_key_gradients": lambda head_size, dtype, kept: key_gradients_config(head_size, dtype),
     "hopper_prefill": lambda head_size, dtype, kept: hopper_prefill_config(head_size, dtype),
+    "hopper_query_gradients": lambda head_size, dtype, kept: query_gradients_config(head_size, dtype),
     "prefill": lambda head_size, dtype, kept: prefill_config(head_size, 64, dtype),
 }
 """What each kernel launches with, by head size, type and kept residues."""

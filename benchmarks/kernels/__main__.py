@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = options.output or Path(f"benchmarks/results/kernels-{gpu_name(device)}.json")
     seconds = QUICK_SECONDS if options.quick else SECONDS
 
-    def measure(launches: Sequence[Launch], in_graph: bool) -> float:
+    def measure(launches: Sequence[Launch], in_graph: bool | None) -> float:
         return median_ms(launches, seconds, in_graph)
 
     torch.manual_seed(0)

@@ -10,7 +10,8 @@ from typing import Any
 from benchmarks.geometries import GEOMETRIES, Geometry
 from s2_kernels.pattern import S2Pattern
 
-OPS = ("cache_write", "decode", "chunked_prefill", "prefill")
+GRADIENT_OPS = ("backward", "forward_backward")
+OPS = ("cache_write", "decode", "chunked_prefill", "prefill", *GRADIENT_OPS)
 CHUNK_TOKENS = 2048
 DECODE_TOKENS = 524288
 """Tokens of a decode batch, all contexts together; a context of LONE_DECODE_TOKENS or more is alone."""
@@ -26,8 +27,8 @@ class Case:
         op: one of OPS.
         geometry: a name in GEOMETRIES.
         batch: requests, all of the same length.
-        seq_len: prefill and cache_write: tokens, all of them new. chunked_prefill: tokens in the cache before
-            CHUNK_TOKENS new ones. decode: tokens, the new one included.
+        seq_len: prefill, cache_write and gradients: tokens, all of them new. chunked_prefill: tokens in the
+            cache before CHUNK_TOKENS new ones. decode: tokens, the new one included.
     """
 
     op: str
@@ -86,12 +87,14 @@ DEFAULTS = {
     "decode": Defaults(("hhst-8b", "phi3-small"), (8192, 32768, 131072)),
     "chunked_prefill": Defaults(("hhst-8b", "phi3-small"), (131072,)),
     "prefill": Defaults(tuple(GEOMETRIES), (1024, 2048, 4096, 8192, 32768, 131072)),
+    **dict.fromkeys(GRADIENT_OPS, Defaults(tuple(GEOMETRIES), (4096, 32768, 131072))),
 }
 QUICK_DEFAULTS = {
     "cache_write": Defaults(("hhst-8b",), (8192,)),
     "decode": Defaults(("hhst-8b",), (32768,)),
     "chunked_prefill": Defaults(("hhst-8b",), (32768,)),
     "prefill": Defaults(("hhst-8b", "s2-7b"), (8192, 32768)),
+    **dict.fromkeys(GRADIENT_OPS, Defaults(("hhst-8b", "s2-7b"), (32768,))),
 }
 
 

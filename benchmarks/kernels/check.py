@@ -86,22 +86,30 @@ def attention_of_rows(
     Returns:
         float32 [rows, num_heads, head_size].
     """
-    keys = torch.arange(k.shape[0], device=k.device)
-    visible = keys <= positions[:, None]
     group = q.shape[1] // k.shape[1]
     out = torch.empty_like(q, dtype=torch.float32)
     for kv_head in range(k.shape[1]):
         key, value = k[:, kv_head].float(), v[:, kv_head].float()
         for head in range(kv_head * group, (kv_head + 1) * group):
-            mask = visible
-            if pattern is not None:
-                query_block, key_block = positions[:, None] // pattern.block_size, keys // pattern.block_size
-                in_window = query_block - key_block < pattern.local_blocks
-                in_shard = key_block % pattern.vert_stride == pattern.residues[head]
-                mask = visible & (in_window | in_shard)
+            mask = visible_keys(positions, len(k), None if pattern is None else (pattern, head))
             logits = q[:, head].float() @ key.T * scale
             out[:, head] = logits.masked_fill(~mask, float("-inf")).softmax(dim=-1) @ value
     return out
+
+
+def visible_keys(
+    positions: torch.Tensor, num_keys: int, pattern_and_head: tuple[S2Pattern, int] | None
+) -> torch.Tensor:
+    """bool [rows, num_keys]: what queries at `positions` see, of a query head or, for None, dense."""
+    keys = torch.arange(num_keys, device=positions.device)
+    visible = keys <= positions[:, None]
+    if pattern_and_head is None:
+        return visible
+    pattern, head = pattern_and_head
+    query_block, key_block = positions[:, None] // pattern.block_size, keys // pattern.block_size
+    in_window = query_block - key_block < pattern.local_blocks
+    in_shard = key_block % pattern.vert_stride == pattern.residues[head]
+    return visible & (in_window | in_shard)
 
 
 def check_attention(out: torch.Tensor, expected: Expected) -> float:

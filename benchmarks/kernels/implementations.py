@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.kernels import gradients
+from benchmarks.kernels.cases import GRADIENT_OPS
 from benchmarks.kernels.inputs import DENSE_PAGE_TOKENS, Inputs, empty_two_tier_cache
 from benchmarks.kernels.timing import Launch
 from s2_kernels import paged
@@ -330,6 +332,12 @@ def _repeated_key_value(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
     return inputs.k.repeat_interleave(group, dim=1), inputs.v.repeat_interleave(group, dim=1)
 
 
+def _gradients(
+    make: gradients.MakeAttention, *, head_major: bool = False, repeat_heads: bool = False
+) -> dict[str, Preparation]:
+    return {op: partial(gradients.prepare, make, op, head_major, repeat_heads) for op in GRADIENT_OPS}
+
+
 _fa2 = partial(prepare_sdpa, SDPBackend.FLASH_ATTENTION)
 _cudnn = partial(prepare_sdpa, SDPBackend.CUDNN_ATTENTION)
 
@@ -341,6 +349,7 @@ IMPLEMENTATIONS = {
             "decode": prepare_s2_decode,
             "chunked_prefill": prepare_s2_prefill,
             "prefill": prepare_s2_prefill,
+            **_gradients(partial(gradients.s2, None)),
         },
         is_ours=True,
     ),
@@ -349,7 +358,16 @@ IMPLEMENTATIONS = {
         ops={"chunked_prefill": prepare_s2_contiguous, "prefill": prepare_s2_contiguous},
         is_ours=True,
     ),
-    "fa2": Implementation(dense=True, ops={"prefill": _fa2}),
+    "s2_triton": Implementation(dense=False, ops=_gradients(partial(gradients.s2, "triton")), is_ours=True),
+    "fa2": Implementation(
+        dense=True,
+        ops={
+            "prefill": _fa2,
+            **_gradients(
+                partial(gradients.sdpa, SDPBackend.FLASH_ATTENTION), head_major=True, repeat_heads=True
+            ),
+        },
+    ),
     "fa3": Implementation(
         dense=True,
         ops={
@@ -358,8 +376,18 @@ IMPLEMENTATIONS = {
             "prefill": prepare_fa3_prefill,
         },
     ),
-    "cudnn": Implementation(dense=True, ops={"prefill": _cudnn}),
-    "flex": Implementation(dense=False, ops={"prefill": prepare_flex}),
+    "cudnn": Implementation(
+        dense=True,
+        ops={
+            "prefill": _cudnn,
+            **_gradients(
+                partial(gradients.sdpa, SDPBackend.CUDNN_ATTENTION), head_major=True, repeat_heads=True
+            ),
+        },
+    ),
+    "flex": Implementation(
+        dense=False, ops={"prefill": prepare_flex, **_gradients(gradients.flex, head_major=True)}
+    ),
     "dkernel": Implementation(dense=False, ops={"prefill": prepare_dkernel}),
     "xformers": Implementation(dense=True, ops={"decode": prepare_xformers_decode}),
     "vllm_triton": Implementation(

@@ -71,6 +71,11 @@ class Inputs:
         return float(self.case.shape.head_size**-0.5)
 
     @cached_property
+    def d_out(self) -> torch.Tensor:
+        """Standard normal, of q's shape."""
+        return torch.randn_like(self.q)
+
+    @cached_property
     def query_start_loc(self) -> torch.Tensor:
         return _starts(self.case.batch, self.case.new_tokens, self.q.device)
 

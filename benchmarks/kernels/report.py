@@ -18,7 +18,7 @@ def table(op: str, records: list[Record]) -> str:
     """A Markdown table of one operation: times, rates, and how many times faster than FlashAttention.
 
     A memory-bound operation's rate is compared with the copy bandwidth, a compute-bound one's with that of
-    fa3 on its own, dense, work.
+    fa3 on its own, dense, work. The last column is the most memory that a launch allocates, of gradients.
     """
     rows = [record for record in records if record["op"] == op and "geometry" in record]
     copy = next((record["gbps"] for record in records if record["op"] == "copy"), None)
@@ -26,13 +26,14 @@ def table(op: str, records: list[Record]) -> str:
     lines = [
         f"{op}",
         "",
-        f"| geometry | batch | tokens | impl | ms | {unit} | {of} | over fa2 | over fa3 | max_rel_err |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| geometry | batch | tokens | impl | ms | {unit} | {of} | over fa2 | over fa3 "
+        "| max_rel_err | MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         what = f"| {row['geometry']} | {row['batch']} | {row['seq_len']} | {row['impl']} "
         if "ms" not in row:
-            lines.append(what + f"| {row.get('error') or row.get('reason')} | | | | | |")
+            lines.append(what + f"| {row.get('error') or row.get('reason')} | | | | | | |")
             continue
         peers = _peers(row, rows)
         rate = row.get("tflops") or row.get("gbps")
@@ -43,7 +44,8 @@ def table(op: str, records: list[Record]) -> str:
         over = " | ".join(_speedup(row, peers.get(name)) for name in BASELINES)
         lines.append(
             what
-            + f"| {row['ms']:.4g} | {rate:.0f} | {_ratio(fraction)} | {over} | {row['max_rel_err']:.1e} |"
+            + f"| {row['ms']:.4g} | {rate:.0f} | {_ratio(fraction)} | {over} | {row['max_rel_err']:.1e} "
+            + f"| {row.get('peak_mib', '')} |"
         )
     return "\n".join(lines)
 

@@ -7,8 +7,9 @@ from math import ceil
 
 import torch
 
-from benchmarks.kernels.cases import Case
+from benchmarks.kernels.cases import GRADIENT_OPS, Case
 from benchmarks.kernels.check import CheckFailed, Expected, check_attention, check_cache, expected_rows
+from benchmarks.kernels.check_gradients import check_gradients, expected_gradients
 from benchmarks.kernels.implementations import IMPLEMENTATIONS, Implementation, Unavailable
 from benchmarks.kernels.inputs import Inputs, random_inputs
 from benchmarks.kernels.report import Record, line
@@ -18,8 +19,8 @@ from benchmarks.kernels.work import rate, required_bytes
 DTYPE = torch.bfloat16
 MAX_INPUT_SETS = 32
 
-Measure = Callable[[Sequence[Launch], bool], float]
-"""Launches, and whether they must be in a CUDA graph, to milliseconds."""
+Measure = Callable[[Sequence[Launch], bool | None], float]
+"""Launches, and whether they must be in a CUDA graph, or None for never, to milliseconds."""
 
 
 def run_case(
@@ -67,7 +68,8 @@ def run_implementation(
     try:
         launches = [implementation.ops[case.op](inputs) for inputs in input_sets]
         error = check(implementation.dense, case, launches, input_sets, expected)
-        ms = measure(launches, case.op == "decode")
+        # Autograd's backward pass runs on the stream of the forward pass, which no graph can have captured.
+        ms = measure(launches, None if case.op in GRADIENT_OPS else case.op == "decode")
     except Unavailable as unavailable:
         return {"reason": str(unavailable)}
     except CheckFailed as failure:
@@ -79,7 +81,20 @@ def run_implementation(
         "ms": float(f"{ms:.5g}"),
         **rate(case, implementation.dense, ms),
         "max_rel_err": float(f"{error:.2g}"),
+        **(_peak_memory(launches[0], input_sets[0]) if case.op in GRADIENT_OPS else {}),
     }
+
+
+def _peak_memory(launch: Launch, inputs: Inputs) -> Record:
+    """{"peak_mib"}: what a launch has allocated at most, results included; nothing on a CPU."""
+    device = inputs.q.device
+    if device.type != "cuda":
+        return {}
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    launch()
+    return {"peak_mib": round((torch.cuda.max_memory_allocated(device) - before) / 2**20, 1)}
 
 
 def check(
@@ -96,6 +111,10 @@ def check(
     """
     if case.op == "cache_write":
         return max(check_cache(launch(), inputs) for launch, inputs in zip(launches, input_sets, strict=True))
+    if case.op in GRADIENT_OPS:
+        # One set's reference is dear, and the sets are alike.
+        reference = expected_gradients(input_sets[0], dense)
+        return check_gradients(launches[0](), reference)
     if dense not in expected:
         expected[dense] = [expected_rows(inputs, dense) for inputs in input_sets]
     return max(

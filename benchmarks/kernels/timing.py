@@ -23,18 +23,18 @@ MAX_REPETITIONS = 1000
 Launch = Callable[[], Any]
 
 
-def median_ms(launches: Sequence[Launch], seconds: float, in_graph: bool = False) -> float:
+def median_ms(launches: Sequence[Launch], seconds: float, in_graph: bool | None = False) -> float:
     """The median time of one launch in milliseconds.
 
     Args:
         launches: the same launch on different inputs, taken in turn; together they should touch more than
             the L2 cache holds. Each has run before.
         seconds: how long to measure, roughly; slow launches still run MIN_REPETITIONS times.
-        in_graph: whether to use a CUDA graph whatever the time.
+        in_graph: whether to use a CUDA graph whatever the time; None for no graph, whatever the time.
     """
     launches[0]()
     launch_ms = median(_times_ms(launches, 1))
-    if not in_graph and launch_ms >= GRAPH_BELOW_MS:
+    if in_graph is None or (not in_graph and launch_ms >= GRAPH_BELOW_MS):
         rotations = _repetitions(launch_ms * len(launches), seconds)
         return median(_times_ms(launches, rotations))
     count = len(launches) * max(1, ceil(GRAPH_MS / (launch_ms * len(launches))))

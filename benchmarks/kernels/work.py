@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections import Counter
 
-from benchmarks.kernels.cases import Case
+from benchmarks.kernels.cases import GRADIENT_OPS, Case
 from s2_kernels.pattern import S2Pattern
 
 BYTES_PER_ELEMENT = 2
-FLOP_PER_PAIR_AND_DIM = 4
-"""A multiplication and an addition in each of the two matrix products."""
+FLOP_PER_PAIR_AND_DIM = 2
+"""A multiplication and an addition."""
+PRODUCTS = {"backward": 5, "forward_backward": 7}
+"""Matrix products of an operation; 2 of any other. A backward pass computes the logits again."""
 
 
 def attended_pairs(pattern: S2Pattern, context_len: int, new_tokens: int) -> float:
@@ -58,7 +60,8 @@ def flop(case: Case, dense: bool) -> float:
         pairs = dense_pairs(case.pattern.num_heads, case.context_len, case.new_tokens)
     else:
         pairs = attended_pairs(case.pattern, case.context_len, case.new_tokens)
-    return FLOP_PER_PAIR_AND_DIM * case.shape.head_size * case.batch * pairs
+    products = PRODUCTS.get(case.op, 2)
+    return FLOP_PER_PAIR_AND_DIM * products * case.shape.head_size * case.batch * pairs
 
 
 def required_bytes(case: Case, dense: bool) -> float:
@@ -81,6 +84,6 @@ def required_bytes(case: Case, dense: bool) -> float:
 
 def rate(case: Case, dense: bool, ms: float) -> dict[str, float]:
     """{"tflops": ...} of a compute-bound case or {"gbps": ...} of a memory-bound one that took `ms`."""
-    if case.op in ("prefill", "chunked_prefill"):
+    if case.op in ("prefill", "chunked_prefill", *GRADIENT_OPS):
         return {"tflops": round(flop(case, dense) / ms / 1e9, 1)}
     return {"gbps": round(required_bytes(case, dense) / ms / 1e6, 1)}
