@@ -1,4 +1,4 @@
-"""The Hopper prefill kernel compiles for its GPU under the installed Triton, to the code it is meant to be.
+"""The Hopper kernels compile for their GPU under the installed Triton, to the code they are meant to be.
 
 What can be seen without a GPU: that the matrix products are Hopper's own, that they run ahead, and that what
 they add to stays in registers.
@@ -22,25 +22,51 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def machine_code(case: dict[str, Any]) -> list[str]:
+def machine_code(kernel: str, case: dict[str, Any]) -> list[str]:
     """Lines of the kernel's disassembly."""
-    arguments = json.dumps({"dtype": "bf16", "GROUP_SIZE": 4, **case})
+    arguments = json.dumps({"kernel": kernel, "dtype": "bf16", "GROUP_SIZE": 4, **case})
     return run_python("-m", "tests.hopper_sass", arguments, without="TRITON_INTERPRET").splitlines()
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_matrix_products_run_ahead(case: dict[str, Any]) -> None:
-    lines = machine_code(case)
-    # Instructions of matrix products between waits for one. Where ptxas finds that registers of a product in
-    # flight are in use, it waits after every instruction.
+def products_between_waits(lines: list[str]) -> list[int]:
+    """Instructions of matrix products between waits for one.
+
+    Where ptxas finds that registers of a product in flight are in use, it waits after every instruction.
+    """
     runs = [0]
     for line in lines:
         if "WARPGROUP.DEPBAR" in line:
             runs.append(0)
         runs[-1] += "HGMMA" in line
+    return runs
+
+
+def local_accesses(lines: list[str]) -> int:
+    """A few scalars may be kept in local memory; an accumulator of either consumer would be 128 accesses."""
+    return len([line for line in lines if "LDL" in line or "STL" in line])
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_matrix_products_run_ahead(case: dict[str, Any]) -> None:
+    lines = machine_code("prefill", case)
     # In the main loop of each consumer the logits of a step are followed at once by the output of the one
     # before, in instructions of 16.
     both_products = case["HEAD_SIZE"] // 16 + 128 // 16
-    assert sum(run >= both_products for run in runs) >= 2
-    # A few scalars may be kept in local memory; an accumulator of either consumer would be 128 accesses.
-    assert len([line for line in lines if "LDL" in line or "STL" in line]) < 128
+    assert sum(run >= both_products for run in products_between_waits(lines)) >= 2
+    assert local_accesses(lines) < 128
+
+
+def test_gradients_of_queries_run_ahead() -> None:
+    lines = machine_code("query_gradients", {"HEAD_SIZE": 128})
+    # The logits of a unit and the gradients of its weights, then the gradients by the unit before.
+    products = 2 * 128 // 16 + 64 // 16
+    assert products_between_waits(lines).count(products) == 2
+    assert local_accesses(lines) < 256
+
+
+def test_gradients_of_keys_stay_in_registers() -> None:
+    lines = machine_code("key_gradients", {"HEAD_SIZE": 128})
+    # Of both consumers: the logits and the gradients of weights, then each gradient.
+    runs = [run for run in products_between_waits(lines) if run]
+    assert runs == 2 * [2 * 128 // 16, 64 // 16, 64 // 16]
+    assert local_accesses(lines) < 256
