@@ -31,7 +31,8 @@ from s2_kernels.pattern import S2Pattern
 Spans: TypeAlias = tuple[Span, ...] | torch.Tensor | None
 """The sequences of a call: themselves, as an operator takes them, or None for all entries of a batch."""
 
-_HELD_BY_COMPILED: dict[str, S2Pattern | BlockMask] = {}
+_HELD_BY_GRAPHS: dict[str, S2Pattern | BlockMask] = {}
+"""By handle, the patterns of calls that have been traced: kept for good, as a graph has only the handle."""
 
 
 def forward(
@@ -140,8 +141,7 @@ def _(
     of_handle = _pattern_of(pattern)
     check_heads(of_handle, q.shape[2], k.shape[2])
     check_scale(scale)
-    # The graph that is being made has no more of a mask than its handle.
-    _HELD_BY_COMPILED[pattern] = of_handle
+    _HELD_BY_GRAPHS[pattern] = of_handle
     return torch.empty_like(q), _empty_lse(q)
 
 
