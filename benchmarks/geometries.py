@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from s2_vllm.config import S2Config
+from s2_kernels.config import S2Config
 from s2_vllm.plan import ModelGeometry
 
 if TYPE_CHECKING:

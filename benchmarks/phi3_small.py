@@ -23,8 +23,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.results_file import write_results
+from s2_kernels.config import find_config
 from s2_vllm.cli import positive_int
-from s2_vllm.config import find_config
 
 PHI3_SMALL_128K: dict[str, Any] = {
     "architectures": ["Phi3SmallForCausalLM"],

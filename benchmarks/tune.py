@@ -28,8 +28,8 @@ from benchmarks.kernels.implementations import IMPLEMENTATIONS
 from benchmarks.kernels.inputs import random_inputs
 from benchmarks.kernels.run import DTYPE, Measure, num_input_sets, run_implementation
 from benchmarks.kernels.timing import Launch, median_ms
+from s2_kernels.config import S2Config
 from s2_kernels.launch.configs import Config, current_gpu, load_table, table_path, trial
-from s2_vllm.config import S2Config
 
 SECONDS = 0.05
 # The Hopper kernel takes blocks of 64 tokens only, so those of 128 run the portable kernels on every GPU.

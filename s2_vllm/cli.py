@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from s2_vllm.config import KEY, S2Config, S2ConfigError
+from s2_kernels.config import KEY, S2Config, S2ConfigError
 from s2_vllm.config_refusals import check_hf_config
 from s2_vllm.hf_config import HFConfig, read_config
 from s2_vllm.plan import CachePlan, make_plan

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from s2_vllm.config import S2Config, S2ConfigError, find_model_config
+from s2_kernels.config import S2Config, S2ConfigError, find_model_config
 from s2_vllm.plan import ModelGeometry
 
 _TEXT_PARTS = ("text_config", "llm_config")

@@ -20,9 +20,9 @@ from fractions import Fraction
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from s2_kernels.config import S2Config, S2ConfigError
 from s2_kernels.layout import MAX_HEAD_SIZE, TierLayout
 from s2_kernels.pattern import S2Pattern
-from s2_vllm.config import S2Config, S2ConfigError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -6,8 +6,8 @@ import logging
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from s2_kernels.config import KEY, S2Config, S2ConfigError, find_model_config
 from s2_vllm import refusals
-from s2_vllm.config import KEY, S2Config, S2ConfigError, find_model_config
 from s2_vllm.plan import CachePlan, ModelGeometry, attach_plan, make_plan, plan_of
 from s2_vllm.specs import STRIDED_SUFFIX
 

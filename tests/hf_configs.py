@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from vllm.model_executor.models import registry
 
-from s2_vllm.config import S2ConfigError
+from s2_kernels.config import S2ConfigError
 from s2_vllm.config_refusals import check_hf_config
 from s2_vllm.hf_config import HFConfig, read_config
 

@@ -26,7 +26,7 @@ from benchmarks.engine.table import tables
 from benchmarks.engine.workloads import TINY_MIX, Measurement, latency, throughput, traffic
 from benchmarks.geometries import SERVED
 from benchmarks.results_file import write_results
-from s2_vllm.config import find_config
+from s2_kernels.config import find_config
 from s2_vllm.plan import ModelGeometry, make_plan
 
 HEADER = {

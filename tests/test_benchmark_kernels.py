@@ -20,9 +20,9 @@ from benchmarks.kernels.flex import flex_block_mask
 from benchmarks.kernels.inputs import DENSE_PAGE_TOKENS, random_inputs
 from benchmarks.kernels.run import run_case
 from benchmarks.results_file import write_results
+from s2_kernels.config import S2Config
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.reference import attention_reference, token_mask
-from s2_vllm.config import S2Config
 
 CPU = torch.device("cpu")
 TINY = {

@@ -16,8 +16,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 import s2_vllm
+from s2_kernels.config import S2ConfigError
 from s2_vllm import compat, models
-from s2_vllm.config import S2ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

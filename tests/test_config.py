@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from s2_kernels import config as kernels_config
+from s2_kernels.config import S2Config, S2ConfigError, find_config, find_model_config
 from s2_kernels.pattern import S2Pattern
-from s2_vllm.config import S2Config, S2ConfigError, find_config, find_model_config
+from s2_vllm import config
 from s2_vllm.plan import ModelGeometry, make_plan
 
 LAYERS = 4
@@ -346,3 +348,8 @@ def test_find_config_checks_the_layers() -> None:
 
 def test_a_phi3_small_with_every_layer_dense_has_no_pattern() -> None:
     assert find_config(PHI3_SMALL | {"dense_attention_every_n_layers": 1}, LAYERS) is None
+
+
+def test_plugins_name_is_the_same_parser() -> None:
+    for name in config.__all__:
+        assert getattr(config, name) is getattr(kernels_config, name)

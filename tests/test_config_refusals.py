@@ -15,7 +15,7 @@ from vllm.config.model import iter_architecture_defaults, try_match_architecture
 from vllm.model_executor.models import registry
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
-from s2_vllm.config import S2ConfigError
+from s2_kernels.config import S2ConfigError
 from s2_vllm.config_refusals import check_hf_config
 from s2_vllm.hf_config import HFConfig, read_config
 from tests.hf_configs import REFUSED, refusal, served_types

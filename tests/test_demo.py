@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from transformers import AutoTokenizer
 
-from s2_vllm.config import find_config
+from s2_kernels.config import find_config
 from s2_vllm.demo.checkpoint import make_checkpoint
 from s2_vllm.demo.corpus import project_text
 from tests.engine.checkpoints import S2_NAMES

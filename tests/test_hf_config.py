@@ -19,7 +19,7 @@ from vllm.transformers_utils.model_arch_config_convertor import (
     ModelArchConfigConvertorBase,
 )
 
-from s2_vllm.config import S2Config, S2ConfigError
+from s2_kernels.config import S2Config, S2ConfigError
 from s2_vllm.hf_config import HFConfig, read_config
 from s2_vllm.plan import ModelGeometry
 from tests.hf_configs import LLAMA, REFUSED, S2, read, refusal, served_types

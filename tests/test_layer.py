@@ -12,10 +12,10 @@ from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 
+from s2_kernels.config import S2ConfigError
 from s2_vllm import attention, compat
 from s2_vllm.attention import BareEntry, S2Attention, StridedTier
 from s2_vllm.backend import S2AttentionBackend
-from s2_vllm.config import S2ConfigError
 from s2_vllm.plan import attach_plan, plan_of
 from s2_vllm.specs import strided_spec, window_spec
 

@@ -11,8 +11,8 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from benchmarks.geometries import GEOMETRIES
+from s2_kernels.config import S2Config
 from s2_kernels.pattern import S2Pattern, first_returning_block
-from s2_vllm.config import S2Config
 
 REFERENCE = {name: geometry.pattern for name, geometry in GEOMETRIES.items()}
 PATTERN = {"block_size": 16, "local_blocks": 2, "vert_stride": 4, "residues": (0, 3), "num_kv_heads": 2}

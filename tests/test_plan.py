@@ -15,7 +15,7 @@ from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config,
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
 from benchmarks.geometries import SERVED
-from s2_vllm.config import S2Config, S2ConfigError
+from s2_kernels.config import S2Config, S2ConfigError
 from s2_vllm.plan import MAX_PADDING, CachePlan, ModelGeometry, Tier, attach_plan, make_plan, plan_of
 from tests.plans import (
     DTYPE,

@@ -13,8 +13,8 @@ from benchmarks.engine.table import tables
 from benchmarks.geometries import GEOMETRIES
 from benchmarks.kernels.report import summary
 from benchmarks.results_file import load_results
+from s2_kernels.config import S2Config
 from s2_vllm.cli import main
-from s2_vllm.config import S2Config
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

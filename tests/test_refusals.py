@@ -15,10 +15,10 @@ from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttentio
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
+from s2_kernels.config import S2ConfigError
 from s2_vllm import refusals
 from s2_vllm.backend import S2AttentionBackend
 from s2_vllm.compat import BACKEND
-from s2_vllm.config import S2ConfigError
 from tests.plans import reference_plan
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
-from s2_vllm.config import S2Config
+from s2_kernels.config import S2Config
 from s2_vllm.plan import CachePlan, ModelGeometry, make_plan
 from s2_vllm.specs import STRIDED_SUFFIX, strided_spec, window_spec
 from tests.plans import DTYPE, reference_plan

@@ -13,8 +13,8 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
 
 from benchmarks.geometries import SERVED
+from s2_kernels.config import S2Config, S2ConfigError
 from s2_vllm import compat, managers, startup
-from s2_vllm.config import S2Config, S2ConfigError
 from s2_vllm.plan import ModelGeometry, attach_plan, make_plan, plan_of
 from s2_vllm.startup import prepare, settle_kv_cache
 from tests.plans import DTYPE, cache_config, cache_groups, cache_specs, engine_config, reference_plan

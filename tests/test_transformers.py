@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
+from s2_kernels.config import S2ConfigError
 from s2_kernels.pattern import S2Pattern
-from s2_vllm.config import S2ConfigError
 from s2_vllm.models.transformers import S2LlamaForCausalLM, sparse_mask
 from tests.engine.checkpoints import FAMILIES, S2_NAMES, random_prompts, save_checkpoint, tiny_config
 from tests.engine.oracle import Oracle

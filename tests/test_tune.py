@@ -16,7 +16,7 @@ from benchmarks.kernels.cases import Case
 from benchmarks.kernels.implementations import IMPLEMENTATIONS
 from benchmarks.kernels.timing import Launch
 from s2_kernels import paged
-from s2_vllm.config import S2Config
+from s2_kernels.config import S2Config
 from tests.paged import DEVICE
 
 CASES = {

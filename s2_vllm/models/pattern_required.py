@@ -20,7 +20,7 @@ class PatternRequired(VerifyAndUpdateConfig):
         Raises:
             S2ConfigError: the model has no pattern.
         """
-        from s2_vllm.config import KEY, S2ConfigError
+        from s2_kernels.config import KEY, S2ConfigError
 
         configs = (model_config.hf_config, model_config.hf_text_config)
         if all(getattr(config, KEY, None) is None for config in configs):

@@ -26,8 +26,8 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
+from s2_kernels.config import KEY, S2Config, S2ConfigError, find_config
 from s2_kernels.pattern import S2Pattern
-from s2_vllm.config import KEY, S2Config, S2ConfigError, find_config
 from s2_vllm.models.families import (
     S2LlamaConfig,
     S2MistralConfig,

@@ -23,7 +23,7 @@ TESTS = {
     "s2_kernels.pattern": "tests/test_pattern.py",
     "s2_kernels.layout": "tests/test_layout.py",
     "s2_kernels.masks": "tests/test_masks.py",
-    "s2_vllm.config": "tests/test_config.py",
+    "s2_kernels.config": "tests/test_config.py",
     "s2_vllm.plan": "tests/test_plan.py",
     "s2_vllm.specs": "tests/test_specs.py",
     "s2_vllm.refusals": "tests/test_refusals.py",
