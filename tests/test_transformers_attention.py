@@ -154,6 +154,20 @@ def test_padding_is_zeros_and_gets_no_gradient(model: LlamaForCausalLM) -> None:
             assert torch.equal((gradient == 0).all(-1).all(1), ~mask)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("queries", [1, 7, 40])
+def test_scaling(model: LlamaForCausalLM, layer: int, queries: int) -> None:
+    module = model.model.layers[layer].self_attn
+    q, k, v = (
+        torch.randn(2, heads, 40, 32)[:, :, -tokens:] for heads, tokens in ((4, queries), (2, 40), (2, 40))
+    )
+    _assert_close(
+        attention(module, q, k, v, None, 0.5)[0], attention(module, 2 * q, k, v, None, 0.25)[0], 1e-5
+    )
+    by_default = attention(module, q, k, v, None)[0]
+    _assert_close(attention(module, q, k, v, None, 32**-0.5)[0], by_default, 1e-5)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_cache_in_parts(model: LlamaForCausalLM, masked: MaskedModel, side: str) -> None:
     """A long prefill, a shorter one after it, and single tokens."""
