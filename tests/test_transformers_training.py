@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
     from transformers import LlamaForCausalLM
 
+README = Path(__file__).parent.parent / "README.md"
 S2 = {"block_size": 16, "local_blocks": 2, "vert_stride": 4, "dense_layers": [1]}
 LENGTHS = [105, 181, 40, 96, 17, 150]
 BATCH, LEARNING_RATE = 2, 0.05
@@ -120,6 +122,21 @@ def test_autocast(model: LlamaForCausalLM) -> None:
 def test_dense_training_ends_elsewhere(expected: Parameters) -> None:
     dense = _train_masked({**S2, "dense_layers": [0, 1, 2]})
     assert min(_differences(dense, expected).values()) > 100 * ALLOWED
+
+
+def test_examples_of_the_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run as they stand, the second from what the first has saved; and leave checkpoints to publish."""
+    section = README.read_text().split("\n## Train\n")[1].split("\n## ")[0]
+    first, second = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(first, names)
+    exec(second.replace("DIR", "trained"), names)
+    names["model"].save_pretrained("adapted")
+    for folder, s2 in (("trained", {"dense_layers": [0]}), ("adapted", {"dense_layers": [0, 1]})):
+        keys = json.loads((tmp_path / folder / "config.json").read_text())
+        assert S2_NAMES["llama"].items() <= keys.items()
+        assert s2.items() <= keys["s2_attention"].items()
 
 
 class _Losses(TrainerCallback):
