@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, DynamicCache
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GPT2Config,
+    StaticCache,
+)
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 from s2_kernels import transformers as s2_transformers
@@ -99,6 +106,7 @@ LAYOUTS: dict[str, tuple[list[Place], int, Callable[[], Inputs]]] = {
             "cu_seq_lens_k": starts_of(PACKED),
             "max_length_q": 105,
             "max_length_k": 105,
+            "use_cache": False,
         },
     ),
 }
@@ -137,6 +145,19 @@ def test_cu_seq_lens_alone_keep_sequences_apart(model: LlamaForCausalLM, masked:
     with torch.no_grad():
         logits = model(token_ids(1), cu_seq_lens_q=starts, cu_seq_lens_k=starts).logits
         _assert_close(logits, masked.logits(token_ids(1), PACKED), 1e-3)
+
+
+def test_model_with_names_of_its_own() -> None:
+    """Packed sequences of a GPT-2, whose config names no KV heads, are what each of them is alone."""
+    config = GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=2, n_positions=TOKENS, s2_attention=S2)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="s2").eval()
+    random_weights(model)
+    ids = token_ids(1)
+    with torch.no_grad():
+        for use_cache in (True, False):
+            packed = model(ids, position_ids=positions_of(PACKED, 1), use_cache=use_cache).logits
+            for _, start, end in PACKED:
+                _assert_close(packed[:, start:end], model(ids[:, start:end]).logits, 1e-3)
 
 
 def test_padding_is_zeros_and_gets_no_gradient(model: LlamaForCausalLM) -> None:
@@ -187,8 +208,10 @@ def test_cache_in_parts(model: LlamaForCausalLM, masked: MaskedModel, side: str)
         _assert_close_in(places, torch.cat(parts, dim=1), masked.logits(ids, places))
 
 
-def test_parts_without_a_mask(model: LlamaForCausalLM, masked: MaskedModel) -> None:
-    ids, cache = token_ids(2), DynamicCache()
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_parts_without_a_mask(model: LlamaForCausalLM, masked: MaskedModel, kind: type) -> None:
+    ids = token_ids(2)
+    cache = DynamicCache() if kind is DynamicCache else StaticCache(model.config, max_cache_len=200)
     with torch.no_grad():
         parts = [model(x, past_key_values=cache).logits for x in ids.split([90, 90, 1], dim=1)]
         _assert_close(torch.cat(parts, dim=1), masked.logits(ids, [(0, 0, TOKENS), (1, 0, TOKENS)]), 1e-3)
@@ -231,9 +254,10 @@ def test_compiled_by_torch() -> None:
     """With breaks in its graph, where a layer attends."""
     s2 = {**S2, "dense_layers": []}
     model = build(s2, num_hidden_layers=1)
+    masked = MaskedModel(model, s2)
+    model.model.compile(backend="eager")
     places, rows, inputs = LAYOUTS["right"]
-    compiled = torch.compile(model, backend="eager")
-    _assert_same(compiled, MaskedModel(model, s2), token_ids(rows), places, inputs)
+    _assert_same(model, masked, token_ids(rows), places, inputs)
 
 
 def test_registering_again_changes_nothing() -> None:
@@ -267,6 +291,13 @@ BAD_CALLS: dict[str, tuple[Callable[[], Inputs], str]] = {
         lambda: {"position_ids": torch.arange(TOKENS)[None] + 5 * (torch.arange(TOKENS) > 20)},
         r"position_ids: 26 after 20 in row 0, expected 21 or a lower one, where a packed sequence starts",
     ),
+    "skipped positions, without a cache": (
+        lambda: {
+            "position_ids": torch.arange(TOKENS)[None] + 5 * (torch.arange(TOKENS) > 20),
+            "use_cache": False,
+        },
+        r"position_ids: 26 after 20 in row 0, expected 21 or a lower one, where a packed sequence starts",
+    ),
     "packed after a cache": (
         lambda: {"position_ids": positions_of(PACKED, 1), "past_key_values": _filled_cache()},
         r"position_ids: 0 after 104 in row 0, expected 105$",
@@ -278,6 +309,10 @@ BAD_CALLS: dict[str, tuple[Callable[[], Inputs], str]] = {
     "cu_seq_lens_q is missing": (
         lambda: {"cu_seq_lens_k": starts_of(PACKED)},
         r"cu_seq_lens_q: None, expected where each packed sequence starts",
+    ),
+    "cu_seq_lens of other tokens": (
+        lambda: {"cu_seq_lens_q": starts_of(PACKED), "cu_seq_lens_k": starts_of(PACKED[:2])},
+        r"cu_seq_lens_k: \[0, 105, 106\], expected ascending values from 0 to 181",
     ),
     "cu_seq_lens and padding": (
         lambda: {

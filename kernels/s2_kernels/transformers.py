@@ -37,7 +37,6 @@ _NOT_PLAIN = {
 }
 """Arguments with which transformers' models ask for what S2-Attention is not."""
 
-
 _EXPECTED = "expected plain causal attention"
 
 
@@ -54,7 +53,8 @@ def layer_patterns(config: Any) -> tuple[S2Pattern | None, ...]:
     found = find_config(vars(config), num_layers)
     if found is None:
         raise S2ConfigError(f"{KEY}: missing in the config, expected the pattern that it was trained with")
-    pattern = found.pattern(config.num_attention_heads, config.num_key_value_heads)
+    num_heads = config.num_attention_heads
+    pattern = found.pattern(num_heads, getattr(config, "num_key_value_heads", None) or num_heads)
     return tuple(None if layer in found.dense_layers else pattern for layer in range(num_layers))
 
 
@@ -291,7 +291,10 @@ def _read_packed(step: _Step) -> tuple[Span, ...]:
         raise ValueError(f"cu_seq_lens_q: with a batch of {step.batch}, expected packed sequences in one row")
     if step.mask is not None:
         raise ValueError("attention_mask: with padding beside cu_seq_lens_q, expected none")
-    return packed_spans(starts_q, starts_k, step.num_queries, step.num_keys)
+    try:
+        return packed_spans(starts_q, starts_k, step.num_queries, step.num_keys)
+    except ValueError as error:
+        raise ValueError(str(error).replace("cu_seqlens", "cu_seq_lens")) from error
 
 
 class _Run(NamedTuple):
@@ -334,7 +337,7 @@ def _runs(mask: torch.Tensor, position_ids: torch.Tensor | None) -> list[_Run]:
 
 def _check_start_over(before: _Run, run: _Run, position_ids: torch.Tensor | None, past: int) -> None:
     """Raise ValueError unless `run` is a packed sequence after `before` in its row, and nothing is cached."""
-    last, first = -1, 0
+    last, first = -1, 0  # it is none, as far as is known
     if position_ids is not None and before.end > past:
         last, first = position_ids[run.row, [before.end - 1 - past, run.start - past]].tolist()
     if not past and first <= last:
