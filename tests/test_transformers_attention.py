@@ -364,6 +364,10 @@ OTHER_ATTENTION = {
         {"attention_mask": torch.ones(1, 19, dtype=torch.bool)},
         r"attention_mask: 19 tokens for 20 queries and 20 keys",
     ),
+    "hole, without positions": (
+        {"attention_mask": torch.arange(20)[None] != 7},
+        r"attention_mask: row 0 leaves out tokens 7 to 7, expected padding at its ends only",
+    ),
     "mask of other rows": (
         {"attention_mask": torch.ones(2, 20, dtype=torch.bool)},
         r"attention_mask: torch\.bool \(2, 20\) in the layers",

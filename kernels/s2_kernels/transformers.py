@@ -395,8 +395,6 @@ def _parts(x: torch.Tensor, places: list[tuple[int, int]]) -> tuple[torch.Tensor
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
     """PyTorch's attention of one sequence's last tokens, [batch, heads, tokens, head_size]."""
     num_queries, num_keys = q.shape[2], k.shape[2]
-    if num_queries == 0:
-        return torch.zeros_like(q)
     mask = None
     if 1 < num_queries < num_keys:
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device).tril(
