@@ -13,6 +13,7 @@ from functools import partial
 import pytest
 import torch
 
+from s2_kernels.contiguous import torch_path
 from s2_kernels.contiguous.block_sparse_bwd import block_sparse_bwd_configs
 from s2_kernels.contiguous.dispatch import run_backward
 from s2_kernels.contiguous.key_tiles import KeyTiles, key_tiles
@@ -175,6 +176,12 @@ def test_patterns(impl: Impl, pattern_heads: str, dtype: torch.dtype) -> None:
         4, 2, block_size=16, local_blocks=2, vert_stride=4, head_sliding_offset=1, pattern_heads=pattern_heads
     )
     build_case(pattern.block_mask(4), 16, [(0, 61)], dtype).check(pattern, impl)
+
+
+def test_queries_are_taken_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_path, "_QUERIES_AT_A_TIME", 20)
+    case = build_case(KINDS["s2"], 16, [(13, 50), (0, 20)], torch.float32)
+    case.check(block_mask(KINDS["s2"], 16), "torch")
 
 
 TILE_SHAPES = [(16, 16, 64), (16, 64, 16), (32, 64, 32), (64, 32, 64), (64, 64, 32), (128, 64, 64)]
