@@ -30,7 +30,8 @@ def block_sparse_bwd_configs(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Tile shapes and launch options of the kernels for the queries, and for the keys and values."""
     if dtype == torch.float32:  # multiplied without tensor cores: small tiles, or registers spill
-        of_queries = {"BLOCK_M": 32, "BLOCK_N": MIN_DOT_SIZE, "num_warps": 8, "num_stages": 1}
+        stages = 1 if head_padded <= 128 else 2
+        of_queries = {"BLOCK_M": 32, "BLOCK_N": MIN_DOT_SIZE, "num_warps": 8, "num_stages": stages}
         of_keys = {"BLOCK_M": MIN_DOT_SIZE, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}
     elif head_padded > 128:
         of_queries = {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}

@@ -144,7 +144,7 @@ def _as_it_is_written(tensor: torch.Tensor) -> torch.autocast:
 @lru_cache(maxsize=64)
 def _check_no_shared_keys(spans: tuple[Span, ...]) -> None:
     """Raise ValueError when a key is of two sequences: each writes the gradients of all its keys."""
-    ordered = sorted((span for span in spans if span.num_keys), key=lambda x: (x.batch, x.key_start))
+    ordered = sorted((span for span in spans if span.num_keys), key=lambda x: (x.batch, *x[-2:]))
     for before, span in pairwise(ordered):
         if span.batch == before.batch and span.key_start < before.key_start + before.num_keys:
             raise ValueError(f"spans: {before} and {span}, expected sequences without common keys")
