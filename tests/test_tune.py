@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -28,7 +28,7 @@ CASES = {
 
 
 @pytest.fixture
-def tiny_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+def tiny_cases(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every operation on a small geometry, in a type that Triton's interpreter multiplies rightly."""
     monkeypatch.setitem(GEOMETRIES, "tiny", Geometry(1, 2, 1, 32, S2Config(2, 4, block_size=16)))
     for op, case in CASES.items():
@@ -39,6 +39,8 @@ def tiny_cases(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(paged, name, partial(getattr(paged, name), impl="triton"))
         triton_attention = partial(implementations.s2_attention, impl="triton")
         monkeypatch.setattr(implementations, "s2_attention", triton_attention)
+    cases._pattern.cache_clear()
+    yield
     cases._pattern.cache_clear()
 
 
