@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from s2_kernels.config import S2Config
@@ -81,3 +81,26 @@ GEOMETRIES = {
 
 SERVED = {name: geometry for name, geometry in GEOMETRIES.items() if name != "s2-70b"}
 """Those that an engine serves; the others are for the kernels alone."""
+
+_WINDOW = 1024
+
+
+def _of_blocks(block_size: int, head_size: int = 128) -> Geometry:
+    """hhst-8b with blocks of another size, and its window of as many tokens."""
+    config = S2Config(_WINDOW // block_size, 8, block_size=block_size)
+    return replace(GEOMETRIES["hhst-8b"], config=config, head_size=head_size)
+
+
+VARIATIONS = {
+    "head64": _of_blocks(64, 64),
+    **{f"head{size}": _of_blocks(64, size) for size in (80, 96, 192, 256)},
+    **{f"block{size}": _of_blocks(size) for size in (16, 32)},
+    "block128-head64": _of_blocks(128, 64),
+    "block128-head128": _of_blocks(128),
+}
+"""For kernels alone: other sizes of heads and blocks, most of which no Hopper kernel takes."""
+
+
+def kernel_geometry(name: str) -> Geometry:
+    """A reference geometry or a variation."""
+    return GEOMETRIES[name] if name in GEOMETRIES else VARIATIONS[name]

@@ -16,29 +16,21 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import geometric_mean
 
 import torch
 
-from benchmarks.geometries import GEOMETRIES
+from benchmarks.geometries import VARIATIONS
 from benchmarks.kernels.cases import Case
 from benchmarks.kernels.check import Expected
 from benchmarks.kernels.implementations import IMPLEMENTATIONS
 from benchmarks.kernels.inputs import random_inputs
 from benchmarks.kernels.run import DTYPE, Measure, num_input_sets, run_implementation
 from benchmarks.kernels.timing import Launch, median_ms
-from s2_kernels.config import S2Config
 from s2_kernels.launch.configs import Config, current_gpu, load_table, table_path, trial
 
 SECONDS = 0.05
-# The Hopper kernel takes blocks of 64 tokens only, so those of 128 run the portable kernels on every GPU.
-BLOCKS_OF_128 = replace(GEOMETRIES["hhst-8b"], config=S2Config(8, 8, block_size=128))
-TUNED_GEOMETRIES = {
-    "head64": replace(GEOMETRIES["hhst-8b"], head_size=64),
-    "block128-head64": replace(BLOCKS_OF_128, head_size=64),
-    "block128-head128": BLOCKS_OF_128,
-}
 
 
 @dataclass(frozen=True)
@@ -63,7 +55,10 @@ class Search:
 
 
 TRITON_OPTIONS = ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+# The Hopper kernel takes blocks of 64 only, so those of 128 run the portable kernels on every GPU.
 PORTABLE_CASES = [Case("prefill", name, 1, 32768) for name in ("block128-head64", "block128-head128")]
+# The Hopper kernels take blocks of 64 only.
+PORTABLE_GRADIENT_CASES = [Case("backward", name, 1, 32768) for name in VARIATIONS if name != "head64"]
 GRADIENT_CASES = [Case("backward", geometry, 1, 32768) for geometry in ("hhst-8b", "s2-7b", "head64")]
 SEARCHES = {
     "cache_write": Search(
@@ -110,6 +105,18 @@ SEARCHES = {
         ("STAGES", "section_mib"),
         [(2, 4), (3, 4), (4, 1), (4, 2), (4, 4), (4, 8), (4, 16)],
     ),
+    "block_sparse_bwd_dq": Search(
+        PORTABLE_GRADIENT_CASES,
+        TRITON_OPTIONS,
+        [(128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (64, 64, 4, 2), (64, 64, 4, 3), (64, 32, 4, 3)],
+        impl="s2_triton",
+    ),
+    "block_sparse_bwd_dkdv": Search(
+        PORTABLE_GRADIENT_CASES,
+        TRITON_OPTIONS,
+        [(64, 128, 8, 2), (32, 128, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (32, 64, 4, 3), (64, 64, 8, 2)],
+        impl="s2_triton",
+    ),
     "block_sparse": Search(
         PORTABLE_CASES,
         TRITON_OPTIONS,
@@ -128,7 +135,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("benchmarks.tune: no CUDA GPU found, expected one", file=sys.stderr)
         return 2
     torch.manual_seed(0)
-    GEOMETRIES.update(TUNED_GEOMETRIES)
     device = torch.device("cuda", torch.cuda.current_device())
     table = load_table(gpu)
     for op in options.ops:

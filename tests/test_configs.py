@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.tune import SEARCHES
 from s2_kernels.contiguous.block_sparse import block_sparse_config
+from s2_kernels.contiguous.block_sparse_bwd import block_sparse_bwd_configs
 from s2_kernels.hopper.gradients import key_gradients_config, query_gradients_config
 from s2_kernels.hopper.prefill import hopper_prefill_config
 from s2_kernels.launch import configs
@@ -115,6 +116,8 @@ def test_stored_tables_hold_numbers_for_known_operations() -> None:
 
 KERNELS: dict[str, Callable[[int, torch.dtype, int], Config]] = {
     "block_sparse": lambda head_size, dtype, kept: block_sparse_config(head_size, dtype, max_queries=1000),
+    "block_sparse_bwd_dq": lambda head_size, dtype, kept: gradients_config(head_size, dtype, 0),
+    "block_sparse_bwd_dkdv": lambda head_size, dtype, kept: gradients_config(head_size, dtype, 1),
     "cache_write": lambda head_size, dtype, kept: cache_write_config(head_size, dtype),
     "decode": lambda head_size, dtype, kept: decode_config(head_size, 64, kept, dtype),
     "hopper_key_gradients": lambda head_size, dtype, kept: key_gradients_config(head_size, dtype),
@@ -123,6 +126,12 @@ KERNELS: dict[str, Callable[[int, torch.dtype, int], Config]] = {
     "prefill": lambda head_size, dtype, kept: prefill_config(head_size, 64, dtype),
 }
 """What each kernel launches with, by head size, type and kept residues."""
+
+
+def gradients_config(head_size: int, dtype: torch.dtype, which: int) -> Config:
+    """Of blocks of every size: the options are the same."""
+    found = [block_sparse_bwd_configs(head_size, dtype, block_size) for block_size in (16, 32, 64, 128)]
+    return found[-1][which]
 
 
 def asked_for(op: str) -> dict[str, set[str]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import tune
-from benchmarks.geometries import GEOMETRIES, Geometry
+from benchmarks.geometries import GEOMETRIES, VARIATIONS, Geometry
 from benchmarks.kernels import cases, implementations
 from benchmarks.kernels.cases import Case
 from benchmarks.kernels.implementations import IMPLEMENTATIONS
@@ -92,5 +92,5 @@ def test_every_search_has_what_it_names(op: str) -> None:
     assert search.configs
     assert search.cases
     for case in search.cases:
-        assert case.geometry in GEOMETRIES | tune.TUNED_GEOMETRIES
+        assert case.geometry in GEOMETRIES | VARIATIONS
         assert case.op in IMPLEMENTATIONS[search.impl].ops

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.geometries import GEOMETRIES
+from benchmarks.geometries import GEOMETRIES, VARIATIONS
 from benchmarks.kernels.cases import OPS, select_cases
 from benchmarks.kernels.implementations import IMPLEMENTATIONS
 from benchmarks.kernels.report import Record, line, tables
@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.split("\n")[0])
     parser.add_argument("--ops", nargs="+", choices=OPS, help="default: all")
-    parser.add_argument("--geometries", nargs="+", choices=list(GEOMETRIES), help="default: by operation")
+    geometries = [*GEOMETRIES, *VARIATIONS]
+    parser.add_argument("--geometries", nargs="+", choices=geometries, help="default: by operation")
     parser.add_argument(
         "--seq-lens", nargs="+", type=positive_int, metavar="TOKENS", help="default: by operation"
     )

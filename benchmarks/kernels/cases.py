@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from benchmarks.geometries import GEOMETRIES, Geometry
+from benchmarks.geometries import GEOMETRIES, Geometry, kernel_geometry
 from s2_kernels.pattern import S2Pattern
 
 GRADIENT_OPS = ("backward", "forward_backward")
@@ -25,7 +25,7 @@ class Case:
 
     Attributes:
         op: one of OPS.
-        geometry: a name in GEOMETRIES.
+        geometry: a name in GEOMETRIES or VARIATIONS.
         batch: requests, all of the same length.
         seq_len: prefill, cache_write and gradients: tokens, all of them new. chunked_prefill: tokens in the
             cache before CHUNK_TOKENS new ones. decode: tokens, the new one included.
@@ -38,7 +38,7 @@ class Case:
 
     @property
     def shape(self) -> Geometry:
-        return GEOMETRIES[self.geometry]
+        return kernel_geometry(self.geometry)
 
     @property
     def pattern(self) -> S2Pattern:
@@ -70,7 +70,7 @@ class Case:
 
 @lru_cache
 def _pattern(geometry: str) -> S2Pattern:
-    shape = GEOMETRIES[geometry]
+    shape = kernel_geometry(geometry)
     return shape.config.pattern(shape.num_heads, shape.num_kv_heads)
 
 
