@@ -200,7 +200,7 @@ def dense(
     """vLLM's FlashAttention calls for the same batch, None without vLLM's CUDA build."""
     try:
         from vllm import _custom_ops as ops
-        from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata  # noqa: F401
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
     except ImportError:
         return None
     cache = torch.randn(PAGES, 2, 16, pattern.num_kv_heads, HEAD_SIZE, dtype=torch.bfloat16)

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.kernels.inputs import Inputs
 from benchmarks.kernels.timing import Launch
 from s2_kernels.attention import s2_attention
+from s2_kernels.launch.choice import Impl
 
 Attention = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Of q, k and v [batch, heads, tokens, head_size], or with the dimensions in the order of the inputs."""
@@ -58,8 +59,8 @@ def prepare(make: MakeAttention, op: str, head_major: bool, repeat_heads: bool, 
     return launch_backward
 
 
-def s2(impl: str | None, inputs: Inputs) -> Attention:
-    return partial(s2_attention, pattern=inputs.case.pattern, scale=inputs.scale, impl=impl)  # type: ignore[arg-type]
+def s2(impl: Impl | None, inputs: Inputs) -> Attention:
+    return partial(s2_attention, pattern=inputs.case.pattern, scale=inputs.scale, impl=impl)
 
 
 def sdpa(backend: SDPBackend, inputs: Inputs) -> Attention:
