@@ -7,6 +7,9 @@ they add to stays in registers.
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -22,10 +25,22 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def machine_code(kernel: str, case: dict[str, Any]) -> list[str]:
-    """Lines of the kernel's disassembly."""
-    arguments = json.dumps({"kernel": kernel, "dtype": "bf16", "GROUP_SIZE": 4, **case})
-    return run_python("-m", "tests.hopper_sass", arguments, without="TRITON_INTERPRET").splitlines()
+GRADIENTS = {name: {"HEAD_SIZE": 128} for name in ("query_gradients", "key_gradients")}
+
+
+@pytest.fixture(scope="module")
+def machine_code() -> Iterator[Callable[[str], list[str]]]:
+    """Gives the lines of the disassembly of a case, a kernel with constants; all are compiled at once."""
+    kernels = {name: {"kernel": "prefill", **case} for name, case in CASES.items()}
+    kernels |= {name: {"kernel": name, **case} for name, case in GRADIENTS.items()}
+
+    def disassemble(arguments: dict[str, Any]) -> list[str]:
+        given = json.dumps({"dtype": "bf16", "GROUP_SIZE": 4, **arguments})
+        return run_python("-m", "tests.hopper_sass", given, without="TRITON_INTERPRET").splitlines()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        lines = {name: pool.submit(disassemble, arguments) for name, arguments in kernels.items()}
+        yield lambda name: lines[name].result()
 
 
 def products_between_waits(lines: list[str]) -> list[int]:
@@ -46,9 +61,9 @@ def local_accesses(lines: list[str]) -> int:
     return len([line for line in lines if "LDL" in line or "STL" in line])
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_matrix_products_run_ahead(case: dict[str, Any]) -> None:
-    lines = machine_code("prefill", case)
+@pytest.mark.parametrize("name", CASES)
+def test_matrix_products_run_ahead(name: str, machine_code: Callable[[str], list[str]]) -> None:
+    lines, case = machine_code(name), CASES[name]
     # In the main loop of each consumer the logits of a step are followed at once by the output of the one
     # before, in instructions of 16.
     both_products = case["HEAD_SIZE"] // 16 + 128 // 16
@@ -56,16 +71,16 @@ def test_matrix_products_run_ahead(case: dict[str, Any]) -> None:
     assert local_accesses(lines) < 128
 
 
-def test_gradients_of_queries_run_ahead() -> None:
-    lines = machine_code("query_gradients", {"HEAD_SIZE": 128})
+def test_gradients_of_queries_run_ahead(machine_code: Callable[[str], list[str]]) -> None:
+    lines = machine_code("query_gradients")
     # The logits of a unit and the gradients of its weights, then the gradients by the unit before.
     products = 2 * 128 // 16 + 64 // 16
     assert products_between_waits(lines).count(products) == 2
     assert local_accesses(lines) < 256
 
 
-def test_gradients_of_keys_stay_in_registers() -> None:
-    lines = machine_code("key_gradients", {"HEAD_SIZE": 128})
+def test_gradients_of_keys_stay_in_registers(machine_code: Callable[[str], list[str]]) -> None:
+    lines = machine_code("key_gradients")
     # Of both consumers: the logits and the gradients of weights, then each gradient.
     runs = [run for run in products_between_waits(lines) if run]
     assert runs == 2 * [2 * 128 // 16, 64 // 16, 64 // 16]
