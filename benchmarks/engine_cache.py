@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config, get_kv_cache_configs
+from vllm.v1.core.kv_cache_utils import generate_scheduler_kv_cache_config
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 import s2_vllm
 from s2_vllm.plan import plan_of
 from s2_vllm.specs import PADDING_SUFFIX, STRIDED_SUFFIX, strided_spec, window_spec
+
+try:  # vLLM 0.33
+    from vllm.v1.core import kv_cache_planning
+except ImportError:  # vLLM 0.32
+    from vllm.v1.core import kv_cache_utils as kv_cache_planning
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -61,7 +66,10 @@ def cache_config(config: VllmConfig, geometry: Geometry, memory: int) -> KVCache
     """
     plan = plan_of(config)
     specs = dense_specs(geometry) if plan is None else cache_specs(plan, DTYPE)
-    return generate_scheduler_kv_cache_config(get_kv_cache_configs(config, [specs], [memory]))
+    arguments: list[Any] = [config, [specs], [memory]]
+    if hasattr(kv_cache_planning, "get_global_kv_cache_groups"):  # vLLM 0.33 groups in a step of its own
+        arguments.append(kv_cache_planning.get_global_kv_cache_groups(config, [specs]))
+    return generate_scheduler_kv_cache_config(kv_cache_planning.get_kv_cache_configs(*arguments))
 
 
 def cache_specs(plan: CachePlan, dtype: torch.dtype) -> dict[str, KVCacheSpec]:

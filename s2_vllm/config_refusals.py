@@ -47,6 +47,7 @@ _LAYER_TYPES = _RECURRENT_LAYERS | {
 
 _RECURRENT_ARCHITECTURES = frozenset(
     {
+        "AliceAIForCausalLM",
         "BailingMoeV2_5ForCausalLM",
         "BailingMoeV3ForCausalLM",
         "BailingMoeV3VLForConditionalGeneration",
@@ -65,6 +66,7 @@ _RECURRENT_ARCHITECTURES = frozenset(
         "Lfm2VlForConditionalGeneration",
         "Mamba2ForCausalLM",
         "MambaForCausalLM",
+        "MiniCPMOcrForConditionalGeneration",
         "MiniCPMV4_6ForConditionalGeneration",
         "MiniCPMV4_7ForConditionalGeneration",
         "NemotronHForCausalLM",
@@ -84,7 +86,7 @@ _RECURRENT_ARCHITECTURES = frozenset(
         "Zamba2ForCausalLM",
     }
 )
-"""Those that vLLM 0.32 knows as hybrid or free of attention, and that generate."""
+"""Those that vLLM 0.32 or 0.33 knows as hybrid or free of attention, and that generate."""
 
 _BIDIRECTIONAL_IMAGES = ("bagel", "gemma3", "molmo2", "moondream3", "paligemma")
 """Types of models whose image tokens see one another, where no `is_mm_prefix_lm` says so."""

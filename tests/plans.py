@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups, get_kv_cache_groups
 
 from benchmarks import engine_cache
 from benchmarks.geometries import GEOMETRIES
@@ -53,12 +52,12 @@ def cache_specs(plan: CachePlan) -> dict[str, KVCacheSpec]:
 
 def cache_groups(specs: Mapping[str, KVCacheSpec]) -> list[KVCacheGroupSpec]:
     """vLLM's own grouping of the entries."""
-    return get_kv_cache_groups(engine_config(), dict(specs))
+    return engine_cache.kv_cache_planning.get_kv_cache_groups(engine_config(), dict(specs))
 
 
 def cache_config(groups: list[KVCacheGroupSpec], memory: int) -> KVCacheConfig:
     """vLLM's own division of `memory` bytes into blocks."""
-    return get_kv_cache_config_from_groups(engine_config(), groups, memory)
+    return engine_cache.kv_cache_planning.get_kv_cache_config_from_groups(engine_config(), groups, memory)
 
 
 def tier_of(group: KVCacheGroupSpec) -> str:

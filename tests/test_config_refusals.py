@@ -89,6 +89,9 @@ LAYER_TYPES = {
     "indexed_attention": "has layers of type indexed_attention (layer_types)",
     "minimax_m3_sparse": "has layers of type minimax_m3_sparse (layer_types)",
     "window_attention": "has layers of type window_attention (layer_types)",
+    "deepseek_sparse_attention": "has layers of type deepseek_sparse_attention (layer_types)",
+    "qwen_sparse_attention": "has layers of type qwen_sparse_attention (layer_types)",
+    "reference_sliding_attention": "has layers of type reference_sliding_attention (layer_types)",
     "compressed_sparse_attention": "has layers of type compressed_sparse_attention (layer_types)",
     "heavily_compressed_attention": "has layers of type heavily_compressed_attention (layer_types)",
 }

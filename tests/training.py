@@ -11,6 +11,7 @@ import sys
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,6 +49,8 @@ def gradients(model: torch.nn.Module, part: torch.Tensor) -> list[torch.Tensor]:
 def main(rendezvous: str, rank: int, processes: int) -> None:
     has_gpus = torch.cuda.device_count() >= processes
     torch.set_default_device(f"cuda:{rank}" if has_gpus else "cpu")
+    if has_gpus:
+        torch.cuda.set_device(rank)
     backend, init_method = "nccl" if has_gpus else "gloo", f"file://{rendezvous}"
     dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=processes)
     torch.manual_seed(1)
@@ -56,10 +59,12 @@ def main(rendezvous: str, rank: int, processes: int) -> None:
     expected = [torch.stack(of_parameter).mean(dim=0) for of_parameter in zip(*of_parts, strict=True)]
     assert all(gradient.any() for gradient in expected)
 
+    # Left to itself, it takes a GPU wherever there is one.
+    mesh = init_device_mesh("cuda" if has_gpus else "cpu", (processes,))
     sharded = build_model()
     for layer in sharded:
-        fully_shard(layer)
-    fully_shard(sharded)
+        fully_shard(layer, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
     for model in (DistributedDataParallel(build_model()), sharded):
         for actual, gradient in zip(gradients(model, parts[rank]), expected, strict=True):
             torch.testing.assert_close(actual, gradient)

@@ -32,7 +32,13 @@ import json, sys
 from vllm import LLM
 for folder in sys.argv[1:]:
     try:
-        LLM(folder, skip_tokenizer_init=True, max_model_len=256, kv_cache_memory_bytes=1 << 26)
+        LLM(
+            folder,
+            skip_tokenizer_init=True,
+            max_model_len=256,
+            kv_cache_memory_bytes=1 << 26,
+            gpu_memory_utilization=0.1,
+        )
     except Exception as error:
         print("RESULT", json.dumps(str(error)))
 """
