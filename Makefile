@@ -3,6 +3,7 @@
 PYTHON ?= python3
 PORT ?= 8000
 MINUTES ?= 10
+WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,7 +23,7 @@ SERVE_FLAGS_cuda :=
 help:
 	@echo "make setup   make $(VENV) with vLLM ($(DEVICE)), this plugin and what its tests need"
 	@echo "make demo    make a small S2 checkpoint and serve a batch of prompts from it"
-	@echo "make test    run the tests; those that need a GPU are skipped without one"
+	@echo "make test    run the tests; those that need a GPU are skipped without one (WORKERS=... processes)"
 	@echo "make mutants change the code in small ways: do the tests notice? (MODULES=s2_vllm.plan ...)"
 	@echo "make soak    put a real server under hostile traffic for $(MINUTES) minutes (MINUTES=...)"
 	@echo "make serve   serve the demo's checkpoint with 'vllm serve' on port $(PORT) (PORT=...)"
@@ -52,8 +53,9 @@ endif
 demo: $(READY)
 	$(BIN)/python -m s2_vllm.demo --output $(DEMO)
 
+# A worker has a core: threads of several would be in each other's way. It takes whole files, for their fixtures.
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 $(MUTATION): $(READY)
 	$(BIN)/pip install -e '.[mutation]'

@@ -33,6 +33,7 @@ setup(
             "mypy==2.4.1",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "ruff==0.17.6",
             "setuptools>=77",
             "triton; platform_system == 'Linux'",
