@@ -159,7 +159,7 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> list[S2Pattern]:
     calls: list[S2Pattern] = []
 
     def spy(*args: object) -> None:
-        calls.append(args[6])
+        calls.append(args[4])
         kernel(*args)
 
     monkeypatch.setattr(prefill, "contiguous_prefill_fwd", spy)

@@ -10,6 +10,8 @@ from s2_kernels.contiguous.dispatch import run_backward
 from s2_kernels.contiguous.sequences import Span
 from s2_kernels.hopper import gradients
 from s2_kernels.hopper.key_items import NO_BLOCK, key_items
+from s2_kernels.launch.call_cache import CallCache
+from s2_kernels.launch.configs import trial
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.reference import masked_attention, masked_log_sum_exp, token_mask
 from tests.gluon_emulator import emulated_gradients
@@ -50,10 +52,10 @@ def packed(lengths: list[tuple[int, int]]) -> tuple[Span, ...]:
 
 
 def random_inputs(
-    pattern: S2Pattern, head_size: int, spans: tuple[Span, ...], dtype: torch.dtype
+    pattern: S2Pattern, head_size: int, spans: tuple[Span, ...], dtype: torch.dtype, seed: int = 0
 ) -> tuple[torch.Tensor, ...]:
     """q, k, v, d_out [1, tokens, heads, head_size] and d_lse [1, heads, queries]; q, k and v are fused."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     queries = spans[-1].query_start + spans[-1].num_queries
     keys = spans[-1].key_start + spans[-1].num_keys
 
@@ -120,6 +122,34 @@ def test_gradients(name: str, lengths: str) -> None:
         torch.testing.assert_close(
             one.float(), other, atol=tolerance, rtol=tolerance, msg=lambda m, which=which: f"{which}: {m}"
         )
+
+
+def test_a_call_is_prepared_once_for_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And repeated with other tensors; another scale, layout or configuration is another call."""
+    pattern, head_size = PATTERNS["kv"]
+    spans = packed([(70, 137)])
+    prepared = []
+
+    def prepare(*args: object) -> object:
+        prepared.append(args)
+        return original(*args)
+
+    original = gradients._prepare
+    monkeypatch.setattr(gradients, "_prepare", prepare)
+    monkeypatch.setattr(gradients, "_CALLS", CallCache())
+    for seed, scale, count in ((1, 0.125, 1), (2, 0.125, 1), (3, 0.2, 2), (4, 0.125, 2)):
+        inputs = random_inputs(pattern, head_size, spans, torch.float16, seed)
+        out, lse, *expected = expected_gradients(inputs, pattern, spans, scale)
+        found = gradients_by_hopper(inputs, pattern, spans, scale, out, lse)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one.float(), other, atol=4e-3, rtol=4e-3)
+        assert len(prepared) == count
+    q, k, v, d_out, d_lse = inputs
+    with trial("hopper_query_gradients", {"STAGES": 2, "section_mib": 1}):
+        gradients_by_hopper(inputs, pattern, spans, 0.125, out, lse)
+    assert len(prepared) == 3
+    gradients_by_hopper((q.clone(), k, v, d_out, d_lse), pattern, spans, 0.125, out, lse)
+    assert len(prepared) == 4
 
 
 def test_a_sequence_of_nan_does_not_reach_its_neighbours() -> None:

@@ -255,17 +255,16 @@ def _attend_on_hopper(
 ) -> None:
     from s2_kernels.hopper.prefill import contiguous_prefill_fwd
 
-    query_start_loc, key_start_loc, seq_lens = _packed_lengths(spans, q.shape[1], k.shape[1], q.device)
-    hold_for_graph(query_start_loc, key_start_loc, seq_lens)
+    lengths = _packed_lengths(spans, q.shape[1], k.shape[1], q.device)
+    hold_for_graph(*lengths)
     row_lse = None if lse is None else lse.new_empty(q.shape[0] * q.shape[1], q.shape[2])
     contiguous_prefill_fwd(
         q.flatten(0, 1),
         k.flatten(0, 1),
         v.flatten(0, 1),
-        query_start_loc,
-        key_start_loc,
-        seq_lens,
+        lengths,
         pattern,
+        spans,
         scale,
         out.flatten(0, 1),
         row_lse,

@@ -8,16 +8,22 @@ Programs are persistent, so that the loads for a tile begin while the one before
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
+from functools import partial
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from s2_kernels.contiguous.sequences import Span
 from s2_kernels.hopper.consumer import BLOCK_N, consume
 from s2_kernels.hopper.gluon_api import reinterpret
 from s2_kernels.hopper.producer import PANEL, produce
 from s2_kernels.hopper.schedule import TILE_M, UNIT
+from s2_kernels.launch.call_cache import CallCache, layouts
 from s2_kernels.launch.configs import launch_config, shape_key
 from s2_kernels.launch.device import num_multiprocessors
 from s2_kernels.launch.handle import KernelLaunch
@@ -39,8 +45,11 @@ VARYING = (
     "out",
     "residues",
     "ranks",
+    "lse",
 )
 """The arguments that a launch is repeated with."""
+
+_CONTIGUOUS_CALLS: CallCache[Callable[..., None]] = CallCache()
 
 
 @gluon.jit(
@@ -257,7 +266,7 @@ def prepare_prefill(
     ) -> None:
         # The descriptors of the launch, moved: what Triton checks of each new one has been checked.
         queries.base, window.base, strided.base = q, window_cache, strided_cache
-        launch(queries, window, window, strided, strided, out, tables.residue, tables.rank)
+        launch(queries, window, window, strided, strided, out, tables.residue, tables.rank, None)
         # No tensor is kept alive from here.
         queries.base = window.base = strided.base = None
 
@@ -269,10 +278,9 @@ def contiguous_prefill_fwd(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    key_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
+    packed_lengths: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     pattern: S2Pattern,
+    spans: tuple[Span, ...],
     scale: float,
     out: torch.Tensor,
     lse: torch.Tensor | None,
@@ -283,21 +291,40 @@ def contiguous_prefill_fwd(
     Args:
         q, out: [tokens, num_heads, head_size].
         k, v: [keys, num_kv_heads, head_size].
-        query_start_loc, key_start_loc: int32 [requests + 1], where each request's queries and keys start.
-        seq_lens: int32 [requests], its number of keys. Its queries are the last of them.
+        packed_lengths: int32 [sequences + 1] twice, where each sequence's queries and keys start; and
+            [sequences], its number of keys. Its queries are the last of them.
         pattern: of the heads.
+        spans: the sequences, which `packed_lengths` are made of.
         scale: factor on the logits, positive.
         lse: float32 [tokens, num_heads], to be filled with the log-sum-exp of the scaled logits, or None.
         tables: of the pattern.
     """
+    config = hopper_prefill_config(q.shape[2], q.dtype)
+    key = (layouts(q, k, v, out, lse), pattern, spans, scale, *config.values())
+    make = partial(_prepare_contiguous, q, k, v, packed_lengths, pattern, scale, out, lse, tables)
+    _CONTIGUOUS_CALLS.get(key, make)(q, k, v, out, lse)
+
+
+def _prepare_contiguous(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    packed_lengths: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    pattern: S2Pattern,
+    scale: float,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    tables: HeadTables,
+) -> Callable[..., None]:
+    """The launch, as a function of tensors like q, k, v, out and lse."""
     columns = k.shape[1] * k.shape[2]
     queries, keys, values = head_blocks(q), _rows(k, columns), _rows(v, columns)
     launch = _prepare(
         queries,
         (keys, values, keys, values),
-        (seq_lens, seq_lens),
+        (packed_lengths[2], packed_lengths[2]),
         tables,
-        (query_start_loc, key_start_loc, seq_lens),
+        packed_lengths,
         pattern,
         scale,
         out,
@@ -307,7 +334,15 @@ def contiguous_prefill_fwd(
         head_rows=(0, 0),
         max_seq_len=k.shape[0],
     )
-    launch(queries, keys, values, keys, values, out, tables.residue, tables.rank)
+    queries.base = keys.base = values.base = None  # no tensor is kept alive from here
+
+    def call(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
+    ) -> None:
+        rows, window = moved(queries, q), (moved(keys, k), moved(values, v))
+        launch(rows, *window, *window, out, tables.residue, tables.rank, lse)
+
+    return call
 
 
 def _prepare(
@@ -396,6 +431,13 @@ def head_blocks(q: torch.Tensor) -> TensorDescriptor:
     return TensorDescriptor(
         q, [num_tokens, num_heads * head_size], [q.stride(0), 1], [TILE_M.value // 2, head_size], SWIZZLED
     )
+
+
+def moved(descriptor: TensorDescriptor, base: torch.Tensor) -> TensorDescriptor:
+    """The same of another tensor of that layout: what Triton checks of a new one has been checked."""
+    other = copy(descriptor)
+    other.base = base
+    return other
 
 
 def _rows(tensor: torch.Tensor, columns: int) -> TensorDescriptor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -9,11 +10,14 @@ import triton
 import triton.language as tl
 
 from s2_kernels.contiguous.sequences import Span
+from s2_kernels.launch.handle import KernelLaunch
 from s2_kernels.launch.limits import LOG2_E
 
 ROWS = 64
 """Of a block of queries, by position, as the kernels load them."""
 BLOCK_FIELDS = 3
+
+RowStatistics = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 @lru_cache(maxsize=16)
@@ -92,14 +96,14 @@ def row_statistics_bwd_kernel(
     tl.store(row_delta + to, delta)
 
 
-def row_statistics(
+def prepare_row_statistics(
     out: torch.Tensor,
     d_out: torch.Tensor,
     lse: torch.Tensor,
     d_lse: torch.Tensor | None,
     blocks: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log-sum-exp in base 2, delta) of the query rows of `blocks`, aligned to blocks of positions.
+) -> RowStatistics:
+    """A call that gives (log-sum-exp in base 2, delta) of the query rows of `blocks`.
 
     With delta = sum(out * d_out) - d_lse, the gradient of a logit is weight * (d_weight - delta): equation 4
     of FlashAttention-2 (arXiv 2307.08691, section 3.1.2), with the gradient of the log-sum-exp added.
@@ -107,33 +111,43 @@ def row_statistics(
     Args:
         out, d_out: [batch, queries, num_heads, head_size], whose first two dimensions can be flattened.
         lse, d_lse: float32 [batch, num_heads, queries], contiguous.
-        blocks: from `query_blocks`.
+        blocks: from `query_blocks`, aligned to blocks of positions.
 
     Returns:
-        float32 [num_heads, blocks * ROWS] each; rows of no query have an infinite log-sum-exp, which makes
-        weights of zero.
+        A function of tensors like the first four, to float32 [num_heads, blocks * ROWS] twice; rows of no
+        query have an infinite log-sum-exp, which makes weights of zero.
     """
     num_queries, num_heads, head_size = out.shape[1:]
-    out, d_out = out.flatten(0, 1), d_out.flatten(0, 1)
-    row_lse, row_delta = out.new_empty(2, num_heads, len(blocks) * ROWS, dtype=torch.float32)
-    row_statistics_bwd_kernel[(len(blocks), num_heads)](
-        out,
-        d_out,
-        lse,
-        d_lse,
-        blocks,
-        row_lse,
-        row_delta,
-        num_queries,
-        row_lse.shape[1],
-        out.stride(0),
-        out.stride(1),
-        d_out.stride(0),
-        d_out.stride(1),
-        NUM_HEADS=num_heads,
-        HEAD_SIZE=head_size,
-        BLOCK_FIELDS=BLOCK_FIELDS,
-        ROWS=ROWS,
-        LOG2_E=LOG2_E,
-    )
-    return row_lse, row_delta
+    shape = 2, num_heads, len(blocks) * ROWS
+    row_lse, row_delta = out.new_empty(shape, dtype=torch.float32)
+    arguments = {
+        "out": out,
+        "d_out": d_out,
+        "lse": lse,
+        "d_lse": d_lse,
+        "blocks": blocks,
+        "row_lse": row_lse,
+        "row_delta": row_delta,
+        "num_queries": num_queries,
+        "num_rows": shape[2],
+        "out_stride_token": out.stride(1),
+        "out_stride_head": out.stride(2),
+        "d_out_stride_token": d_out.stride(1),
+        "d_out_stride_head": d_out.stride(2),
+        "NUM_HEADS": num_heads,
+        "HEAD_SIZE": head_size,
+        "BLOCK_FIELDS": BLOCK_FIELDS,
+        "ROWS": ROWS,
+        "LOG2_E": LOG2_E,
+    }
+    varying = ("out", "d_out", "lse", "d_lse", "row_lse", "row_delta")
+    launch = KernelLaunch(row_statistics_bwd_kernel, (len(blocks), num_heads), arguments, varying)
+
+    def row_statistics(
+        out: torch.Tensor, d_out: torch.Tensor, lse: torch.Tensor, d_lse: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        row_lse, row_delta = out.new_empty(shape, dtype=torch.float32)
+        launch(out, d_out, lse, d_lse, row_lse, row_delta)
+        return row_lse, row_delta
+
+    return row_statistics
