@@ -99,9 +99,11 @@ def test_bytes_of_a_cache_write() -> None:
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("seq_len", [128, 256, 400])
-def test_flex_mask_is_the_pattern(name: str, seq_len: int) -> None:
+@pytest.mark.parametrize("key_block", [16, 64])
+def test_flex_mask_is_the_pattern(name: str, seq_len: int, key_block: int) -> None:
     pattern = pattern_of(name)
-    mask = flex_block_mask(pattern, seq_len, CPU)
+    mask = flex_block_mask(pattern, seq_len, CPU, key_block)
+    assert mask.BLOCK_SIZE == (128, key_block)
     expected = token_mask(pattern, torch.arange(seq_len), seq_len)
     rows, keys = mask.BLOCK_SIZE
     tokens = torch.arange(seq_len)
@@ -118,7 +120,8 @@ def test_flex_mask_is_the_pattern(name: str, seq_len: int) -> None:
             ].tolist():
                 dense[head, row, block * keys : (block + 1) * keys] = True
     assert torch.equal(dense, expected)
-    assert (mask.full_kv_num_blocks.sum() > 0) == (seq_len > rows)
+    # Here no block of 64 keys is full: the window has 32 tokens.
+    assert (mask.full_kv_num_blocks.sum() > 0) == (seq_len > rows and key_block == 16)
 
 
 def test_flex_mask_is_where_it_is_wanted() -> None:
@@ -265,6 +268,19 @@ def test_a_wrong_gradient_is_found(which: int) -> None:
     found[which][0, 1] = torch.nan
     with pytest.raises(check.CheckFailed, match="NaN in"):
         check_gradients(tuple(found), expected)
+
+
+def test_a_rounded_output_makes_no_wrong_gradient() -> None:
+    """Large logits: a row attends to one key all but alone, and its gradient is all but the rounding's."""
+    torch.manual_seed(0)
+    case = Case("backward", "hhst-8b", 1, 200)
+    inputs = random_inputs(case, torch.bfloat16, CPU)
+    inputs.q.mul_(2)
+    expected = expected_gradients(inputs, dense=False)
+    found = implementations.IMPLEMENTATIONS["s2"].ops["backward"](inputs)()
+    assert check_gradients(found, expected) < 0.02
+    with pytest.raises(check.CheckFailed, match="of dq "):
+        check_gradients(found, replace(expected, dq_rounding=torch.zeros(())))
 
 
 def test_products_of_a_backward_pass() -> None:

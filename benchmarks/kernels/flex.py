@@ -10,25 +10,31 @@ from torch.nn.attention.flex_attention import BlockMask
 from s2_kernels.pattern import S2Pattern
 
 QUERY_BLOCK = 128
-"""Rows of a query tile. Keys are in blocks of the pattern's size: no larger one is masked as a whole."""
+"""Rows of a query tile. Keys are in blocks of the pattern's size where Flex takes them: it skips most so."""
+GRADIENT_KEY_BLOCK = 64
+"""The smallest blocks of keys that Flex's backward pass takes (torch 2.11)."""
 
 
 @lru_cache(maxsize=1)
-def flex_block_mask(pattern: S2Pattern, seq_len: int, device: torch.device) -> BlockMask:
+def flex_block_mask(
+    pattern: S2Pattern, seq_len: int, device: torch.device, smallest_key_block: int = 1
+) -> BlockMask:
     """The block mask of a prefill of `seq_len` tokens: one mask per query head, full blocks told apart.
 
-    The mask function of the other blocks, on the diagonal and where the rows of a tile differ, is the pattern
-    token by token. `pattern.block_size` must divide QUERY_BLOCK.
+    The mask function of the other blocks, on the diagonal and where the rows of a tile or the keys of a block
+    differ, is the pattern token by token. `pattern.block_size` must divide QUERY_BLOCK.
     """
     block_size, ratio = pattern.block_size, QUERY_BLOCK // pattern.block_size
-    num_blocks = -(-seq_len // block_size)
-    tiles = -(-num_blocks // ratio)
+    key_block = max(block_size, smallest_key_block)
+    per_block = key_block // block_size
+    tiles, num_blocks = -(-seq_len // QUERY_BLOCK), -(-seq_len // key_block)
     with torch.device(device):
-        blocks = pattern.block_mask(tiles * ratio)[:, :, :num_blocks].to(device)
-        blocks = blocks.view(pattern.num_heads, tiles, ratio, num_blocks)
-        before_tile = torch.arange(num_blocks) < torch.arange(0, tiles * ratio, ratio)[:, None]
-        is_full = blocks.all(dim=2) & before_tile
-        is_partial = blocks.any(dim=2) & ~is_full
+        blocks = pattern.block_mask(tiles * ratio)[:, :, : num_blocks * per_block].to(device)
+        blocks = blocks.view(pattern.num_heads, tiles, ratio, num_blocks, per_block)
+        ends = torch.arange(1, num_blocks + 1) * key_block
+        before_tile = ends <= torch.arange(0, tiles * QUERY_BLOCK, QUERY_BLOCK)[:, None]
+        is_full = blocks.all(dim=4).all(dim=2) & before_tile
+        is_partial = blocks.any(dim=4).any(dim=2) & ~is_full
         residues = torch.tensor(pattern.residues, dtype=torch.int32)
 
     def attends(
@@ -42,7 +48,7 @@ def flex_block_mask(pattern: S2Pattern, seq_len: int, device: torch.device) -> B
     return BlockMask.from_kv_blocks(
         *_indices(is_partial),
         *_indices(is_full),
-        BLOCK_SIZE=(QUERY_BLOCK, block_size),
+        BLOCK_SIZE=(QUERY_BLOCK, key_block),
         mask_mod=attends,
         seq_lengths=(seq_len, seq_len),
     )

@@ -72,21 +72,27 @@ def sdpa(backend: SDPBackend, inputs: Inputs) -> Attention:
 
 
 def flex(inputs: Inputs) -> Attention:
+    """Heads of a size that Flex has no backward pass for are padded, as its users do."""
     from torch._functorch import config
     from torch.nn.attention.flex_attention import flex_attention
 
-    from benchmarks.kernels.flex import flex_block_mask
+    from benchmarks.kernels.flex import GRADIENT_KEY_BLOCK, flex_block_mask
 
     # A backward pass that runs more than once must not take the buffers of the forward pass for itself.
     config.donated_buffer = False
-    mask = flex_block_mask(inputs.case.pattern, inputs.case.total_len, inputs.q.device)
+    case = inputs.case
+    mask = flex_block_mask(case.pattern, case.total_len, inputs.q.device, GRADIENT_KEY_BLOCK)
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
-    return partial(
-        compiled,
-        block_mask=mask,
-        scale=inputs.scale,
-        enable_gqa=inputs.case.pattern.group_size > 1,
-    )
+    attend = partial(compiled, block_mask=mask, scale=inputs.scale, enable_gqa=case.pattern.group_size > 1)
+    head_size = inputs.q.shape[2]
+    missing = (1 << (head_size - 1).bit_length()) - head_size
+    if head_size > 128 or not missing:
+        return attend
+
+    def attend_padded(*tensors: torch.Tensor) -> torch.Tensor:
+        return attend(*(F.pad(x, (0, missing)) for x in tensors))[..., :head_size]
+
+    return attend_padded
 
 
 def _arranged(packed: torch.Tensor, inputs: Inputs, head_major: bool, group: int) -> torch.Tensor:
