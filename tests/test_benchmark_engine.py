@@ -21,7 +21,7 @@ from benchmarks.engine import client, figures, offline, processes, records, serv
 from benchmarks.engine.checkpoint import model_config
 from benchmarks.engine.kv_cache import KVCacheFacts
 from benchmarks.engine.options import all_traffic, engine_flags, measurements, parse
-from benchmarks.engine.records import ResultFile, load_engine_results, medians
+from benchmarks.engine.records import EngineResultFile, load_engine_results, medians
 from benchmarks.engine.table import tables
 from benchmarks.engine.workloads import TINY_MIX, Measurement, latency, throughput, traffic
 from benchmarks.geometries import SERVED
@@ -555,7 +555,7 @@ def test_failed_requests_are_a_failure(
 
 def test_a_file_grows_with_every_record(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    file = ResultFile(path, HEADER)
+    file = EngineResultFile(path, HEADER)
     assert not path.exists()
     for n in (1, 2):
         file.add(record("latency", "s2", n))
@@ -567,11 +567,11 @@ def test_a_file_grows_with_every_record(tmp_path: Path) -> None:
 
 def test_a_later_run_adds_and_replaces(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
-    file = ResultFile(path, HEADER)
+    file = EngineResultFile(path, HEADER)
     for n in (1, 2, 3):
         file.add(record("latency", "s2", n))
     file.add(record("latency", "dense"))
-    later = ResultFile(path, LATER)
+    later = EngineResultFile(path, LATER)
     later.add(record("latency", "s2", 1, median_ttft_ms=10.0))
     later.add(record("latency", "s2", 1, prompt_tokens=2048))
     header, found = load_engine_results(path)
@@ -584,7 +584,7 @@ def test_a_later_run_adds_and_replaces(tmp_path: Path) -> None:
     assert [run["date"] for run in header["runs"]] == [HEADER["date"], LATER["date"]]
     assert header["date"] == LATER["date"]
     # A run of which nothing is left is not named any more.
-    ResultFile(path, LATER | {"date": "now"}).add(record("latency", "dense"))
+    EngineResultFile(path, LATER | {"date": "now"}).add(record("latency", "dense"))
     assert [run["date"] for run in load_engine_results(path)[0]["runs"]] == [LATER["date"], "now"]
 
 
@@ -599,9 +599,9 @@ def test_a_later_run_adds_and_replaces(tmp_path: Path) -> None:
 def test_results_that_do_not_go_together_are_not_mixed(
     tmp_path: Path, changed: dict[str, Any], message: str
 ) -> None:
-    ResultFile(tmp_path / "results.json", HEADER).add(record("latency", "s2"))
+    EngineResultFile(tmp_path / "results.json", HEADER).add(record("latency", "s2"))
     with pytest.raises(ValueError, match=message):
-        ResultFile(tmp_path / "results.json", LATER | changed)
+        EngineResultFile(tmp_path / "results.json", LATER | changed)
 
 
 def test_medians_of_the_repetitions() -> None:
@@ -649,7 +649,7 @@ def test_tables_show_what_was_lost_and_what_was_impossible() -> None:
 
 def test_the_command_prints_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "engine-h100.json"
-    file = ResultFile(path, HEADER)
+    file = EngineResultFile(path, HEADER)
     for measured in SYNTHETIC:
         file.add(measured)
     assert command.main(["table", str(path)]) == 0
@@ -658,7 +658,7 @@ def test_the_command_prints_tables(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "engine-h100.json"
-    file = ResultFile(path, HEADER)
+    file = EngineResultFile(path, HEADER)
     for measured in SYNTHETIC:
         file.add(measured)
     assert plot.main([str(path), "--output", str(tmp_path / "figures")]) == 0

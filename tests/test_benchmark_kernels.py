@@ -103,7 +103,7 @@ def test_bytes_of_a_cache_write() -> None:
 def test_flex_mask_is_the_pattern(name: str, seq_len: int, key_block: int) -> None:
     pattern = pattern_of(name)
     mask = flex_block_mask(pattern, seq_len, CPU, key_block)
-    assert mask.BLOCK_SIZE == (128, key_block)
+    assert (128, key_block) == mask.BLOCK_SIZE
     expected = token_mask(pattern, torch.arange(seq_len), seq_len)
     rows, keys = mask.BLOCK_SIZE
     tokens = torch.arange(seq_len)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.results_file import describe_run, write_results
+from benchmarks.results_file import OF_A_RUN, ResultFile, describe_run, load_results, write_results
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,17 @@ def test_results_that_cannot_be_written_leave_what_was_there(tmp_path: Path) -> 
         write_results(path, [{"ms": 2.0}, {"ms": object()}])
     assert path.read_text() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_file_of_one_run_can_grow(tmp_path: Path) -> None:
+    header = {**dict.fromkeys(OF_A_RUN, "then"), "gpus": ["A"], "torch": "2.11.0"}
+    path = tmp_path / "results.json"
+    write_results(path, [{"op": "a", "ms": 1.0}, {"op": "b", "ms": 2.0}], header)
+    ResultFile(path, header | {"date": "now"}, ["op"]).add({"op": "b", "ms": 3.0}, {"op": "c", "ms": 4.0})
+    found, records = load_results(path)
+    assert records == [
+        {"run": "then", "op": "a", "ms": 1.0},
+        {"op": "b", "ms": 3.0, "run": "now"},
+        {"op": "c", "ms": 4.0, "run": "now"},
+    ]
+    assert [run["date"] for run in found["runs"]] == ["then", "now"]

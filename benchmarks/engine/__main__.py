@@ -28,7 +28,7 @@ from benchmarks.engine.checkpoint import model_config, write_checkpoint
 from benchmarks.engine.kv_cache import KVCacheFacts
 from benchmarks.engine.options import all_traffic, engine_flags, measurements, parse
 from benchmarks.engine.processes import memory_reason
-from benchmarks.engine.records import ResultFile, load_engine_results
+from benchmarks.engine.records import EngineResultFile, load_engine_results
 from benchmarks.engine.table import tables
 from benchmarks.engine.workloads import Measurement, Traffic
 from benchmarks.results_file import describe_run, gpu_name
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = engine_flags(options)
     header = describe_run() | {"tensor_parallel_size": options.tensor_parallel_size, "flags": flags}
     try:
-        run = Run(options, flags, ResultFile(output, header), header)
+        run = Run(options, flags, EngineResultFile(output, header), header)
     except ValueError as error:
         return _refuse(f"--output: {error}")
     for geometry in options.geometry:
@@ -86,7 +86,9 @@ class Run:
         went_wrong: whether an engine has died or a request has failed.
     """
 
-    def __init__(self, options: argparse.Namespace, flags: Record, file: ResultFile, header: Record) -> None:
+    def __init__(
+        self, options: argparse.Namespace, flags: Record, file: EngineResultFile, header: Record
+    ) -> None:
         self.file = file
         self.went_wrong = False
         self._options = options

@@ -3,7 +3,8 @@
     python -m benchmarks.kernels
     python -m benchmarks.kernels --ops decode --geometries hhst-8b --impls s2 fa3
 
-Results are written after every case, so that a run that is stopped loses nothing. A peer that cannot run is
+Results are written after every case, so that a run that is stopped loses nothing, and added to those that the
+file has of other cases. A peer that cannot run is
 recorded with the reason, an implementation whose output is wrong with the error, neither with a time.
 """
 
@@ -23,9 +24,11 @@ from benchmarks.kernels.implementations import IMPLEMENTATIONS
 from benchmarks.kernels.report import Record, line, tables
 from benchmarks.kernels.run import DTYPE, Measure, run_case
 from benchmarks.kernels.timing import Launch, median_ms
-from benchmarks.results_file import gpu_name, write_results
+from benchmarks.results_file import ResultFile, describe_run, gpu_name
 from s2_vllm.cli import positive_int
 
+KEY = ("op", "geometry", "batch", "seq_len", "impl")
+"""What a measurement is known by."""
 SECONDS, QUICK_SECONDS = 0.3, 0.1
 COPY_BYTES = 2**31
 MATMUL_SIZE = 8192
@@ -44,12 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return median_ms(launches, seconds, in_graph)
 
     torch.manual_seed(0)
+    file = ResultFile(output, describe_run(), KEY)
     records = ceilings(device, measure)
     for record in records:
         print(line(record), flush=True)
+    file.add(*records)
     for case in select_cases(options.ops, options.geometries, options.seq_lens, options.quick):
-        records += run_case(case, options.impls, device, DTYPE, measure)
-        write_results(output, records)
+        measured = run_case(case, options.impls, device, DTYPE, measure)
+        records += measured
+        file.add(*measured)
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()

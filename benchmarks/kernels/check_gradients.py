@@ -80,7 +80,7 @@ def _gradients_of_head(
     pattern_and_head: tuple[S2Pattern, int] | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows of dq, `dq_rounding`, dk and dv of one head, of one sequence, whose tensors are [tokens, head_size].
+    """Rows of dq, `dq_rounding`, dk and dv of one head and one sequence: q and so on [tokens, head_size].
 
     A backward pass has the output rounded, and each row's sum(out * d_out) from that. Its error goes into dq
     with the mean of the keys: as much as dq itself has where a row attends to few keys, nearly all to one.
