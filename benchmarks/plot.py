@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from benchmarks.drawing import COLORS, log_log, new_figure
 from benchmarks.engine import figures as engine_figures
 from benchmarks.engine import table as engine_table
-from benchmarks.kernels.cases import OPS, Case
-from benchmarks.kernels.report import summary
+from benchmarks.kernels.cases import GRADIENT_OPS, OPS, Case
+from benchmarks.kernels.report import gradient_summary, summary
 from benchmarks.kernels.work import flop, required_bytes
 from benchmarks.results_file import load_results
 
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-BASELINES = {"fa2": "FlashAttention-2 (torch SDPA)", "fa3": "FlashAttention-3 (vLLM)"}
+BASELINES = {
+    "fa2": "FlashAttention-2 (torch SDPA)",
+    "fa3": "FlashAttention-3 (vLLM)",
+    "cudnn": "cuDNN (torch SDPA)",
+}
 MARKERS = {"prefill": "o", "chunked_prefill": "s", "decode": "^"}
 FORMATS = ("svg", "png")
 SOURCES = "benchmarks.kernels or benchmarks.engine"
-PATTERNS = ("kernels-*.json", "engine-*.json")
+PATTERNS = ("kernels-*.json", "gradients-*.json", "engine-*.json")
 
 Record = dict[str, Any]
 
@@ -36,9 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path in options.results:
         header, records = load_results(path)
         gpu = ", ".join(dict.fromkeys(header["gpus"])) or header["cpu"]
-        if "runs" in header:
+        ops = {record.get("op") for record in records}
+        if all("workload" in record for record in records):
             figures, tables = engine_figures.figures(records, gpu), engine_table.tables(records)
-        elif all("op" in record for record in records):
+        elif not ops.isdisjoint(GRADIENT_OPS):
+            figures, tables = gradient_figures(records, gpu), gradient_summary(records)
+        elif None not in ops:
             figures, tables = kernel_figures(records, gpu), summary(records)
         else:
             raise SystemExit(f"benchmarks.plot: {path}: expected a file from {SOURCES}")
@@ -52,8 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def kernel_figures(records: list[Record], gpu: str) -> dict[str, Figure]:
-    """The figures of the kernels, by name."""
-    return {"speedup": draw_speedup(records, gpu), "roofline": draw_roofline(records, gpu)}
+    """The figures of the kernels that an engine runs, by name."""
+    speedup = draw_speedup(records, "prefill", ("fa2", "fa3"), f"S2-Attention prefill, batch 1, {gpu}")
+    return {"speedup": speedup, "roofline": draw_roofline(records, gpu)}
+
+
+def gradient_figures(records: list[Record], gpu: str) -> dict[str, Figure]:
+    """The figures of the kernels for training, by name."""
+    title = f"S2-Attention forward and backward, batch 1, {gpu}"
+    return {"speedup": draw_speedup(records, "forward_backward", ("fa2", "cudnn"), title)}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -77,29 +91,29 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def draw_speedup(records: list[Record], gpu: str) -> Figure:
-    """How many times faster than dense attention a prefill of one sequence is: a panel per baseline."""
+def draw_speedup(records: list[Record], op: str, baselines: Sequence[str], title: str) -> Figure:
+    """How many times faster than dense attention an operation on one sequence is: a panel per baseline."""
     figure = new_figure(9.6, 3.8)
-    panels = figure.subplots(1, len(BASELINES), sharey=True)
-    for axes, (baseline, title) in zip(panels, BASELINES.items(), strict=True):
-        for geometry, points in speedups(records, baseline).items():
+    panels = figure.subplots(1, len(baselines), sharey=True)
+    for axes, baseline in zip(panels, baselines, strict=True):
+        for geometry, points in speedups(records, baseline, op).items():
             axes.plot(*zip(*points, strict=True), marker="o", color=COLORS[geometry], label=geometry)
         axes.axhline(1, color="#999999", linewidth=0.8)
-        axes.set_title(f"over {title}", fontsize=10, loc="left")
+        axes.set_title(f"over {BASELINES[baseline]}", fontsize=10, loc="left")
         axes.set_xlabel("tokens")
         log_log(axes, 2)
     panels[0].set_ylabel("times faster")
     panels[0].legend(fontsize=8)
-    figure.suptitle(f"S2-Attention prefill, batch 1, {gpu}", fontsize=10)
+    figure.suptitle(title, fontsize=10)
     return figure
 
 
-def speedups(records: list[Record], baseline: str) -> dict[str, list[tuple[int, float]]]:
+def speedups(records: list[Record], baseline: str, op: str = "prefill") -> dict[str, list[tuple[int, float]]]:
     """For each geometry, ascending (tokens, time of `baseline` / time of s2) where both have one."""
     times = {
         (record["geometry"], record["seq_len"], record["impl"]): record["ms"]
         for record in records
-        if record["op"] == "prefill" and record["batch"] == 1 and "ms" in record
+        if record["op"] == op and record["batch"] == 1 and "ms" in record
     }
     points: dict[str, list[tuple[int, float]]] = {}
     for (geometry, seq_len, impl), ms in sorted(times.items()):

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cpu_decode, eager_layer, kv_capacity, phi3_small, scheduler
+from benchmarks import cpu_decode, eager_layer, kv_capacity, phi3_small, scheduler, training_step
 from benchmarks.engine.table import tables
 from benchmarks.geometries import GEOMETRIES
-from benchmarks.kernels.report import summary
+from benchmarks.kernels.report import gradient_summary, summary
 from benchmarks.results_file import load_results
 from s2_kernels.config import S2Config
 from s2_vllm.cli import main
@@ -63,6 +63,14 @@ def test_kernels() -> None:
         assert table in README
     (copy,) = (r["gbps"] for r in records if r["op"] == "copy")
     assert f"a copy reads and writes {copy / 1000:.2f} TB/s here" in README
+
+
+def test_gradients() -> None:
+    _, records = load_results(RESULTS / "gradients-h200.json")
+    assert gradient_summary(records) in README
+    assert not any("error" in record for record in records)
+    _, steps = load_results(RESULTS / "training-step-h200.json")
+    assert training_step.table(steps) in README
 
 
 def test_kernels_at_the_shortest_length() -> None:

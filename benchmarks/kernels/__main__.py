@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output = options.output or Path(f"benchmarks/results/kernels-{gpu_name(device)}.json")
     seconds = QUICK_SECONDS if options.quick else SECONDS
 
-    def measure(launches: Sequence[Launch], in_graph: bool | None) -> float:
+    def measure(launches: Sequence[Launch], in_graph: bool) -> float:
         return median_ms(launches, seconds, in_graph)
 
     torch.manual_seed(0)
@@ -52,8 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for record in records:
         print(line(record), flush=True)
     file.add(*records)
+    stream = torch.cuda.Stream(device)  # one that can be captured
     for case in select_cases(options.ops, options.geometries, options.seq_lens, options.quick):
-        measured = run_case(case, options.impls, device, DTYPE, measure)
+        with torch.cuda.stream(stream):
+            measured = run_case(case, options.impls, device, DTYPE, measure)
         records += measured
         file.add(*measured)
         torch._dynamo.reset()

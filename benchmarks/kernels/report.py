@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from benchmarks.geometries import GEOMETRIES, VARIATIONS
+
 Record = dict[str, Any]
 BASELINES = ("fa2", "fa3")
 
@@ -55,16 +57,30 @@ def summary(records: list[Record]) -> str:
     return f"{_compute_summary(records)}\n\n{_memory_summary(records)}"
 
 
+def gradient_summary(records: list[Record]) -> str:
+    """A Markdown table of s2's gradients: backward passes of all lengths, both passes of the longest."""
+    lines = [
+        "| operation | geometry | tokens | ms | TFLOP/s | MiB | over FA2 | over cuDNN | over Flex |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    rows = [row for row in _times_of_s2(records, "tflops") if row["op"] == "backward"]
+    rows += _longest([row for row in _times_of_s2(records, "tflops") if row["op"] == "forward_backward"])
+    order = {name: place for place, name in enumerate((*GEOMETRIES, *VARIATIONS))}
+    for row in sorted(rows, key=lambda row: (row["op"], row["seq_len"], order[row["geometry"]])):
+        peers = _peers(row, records)
+        over = [_speedup(row, peers.get(name)) for name in ("fa2", "cudnn", "flex")]
+        cells = [f"{row['ms']:.3g}", f"{row['tflops']:.0f}", f"{row['peak_mib']:.0f}", *over]
+        what = f"{row['op']} | {row['geometry']} | {row['seq_len']}"
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def _compute_summary(records: list[Record]) -> str:
     lines = [
         "| operation | geometry | tokens | ms | TFLOP/s | of FA3's | over FA2 | over FA3 | over Flex |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    rows = _times_of_s2(records, "tflops")
-    longest = {(row["op"], row["geometry"]): row for row in sorted(rows, key=lambda row: row["seq_len"])}
-    for row in rows:
-        if row is not longest[row["op"], row["geometry"]]:
-            continue
+    for row in _longest(_times_of_s2(records, "tflops")):
         peers = _peers(row, records)
         over = [_speedup(row, peers.get(name)) for name in (*BASELINES, "flex")]
         share = row["tflops"] / peers["fa3"]["tflops"] if "fa3" in peers else None
@@ -89,6 +105,12 @@ def _memory_summary(records: list[Record]) -> str:
         shape = f"{row['batch']} x {row['seq_len']}"
         lines.append(f"| {row['op']} | {row['geometry']} | {shape} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _longest(rows: list[Record]) -> list[Record]:
+    """The rows with the longest sequences of their operation and geometry."""
+    longest = {(row["op"], row["geometry"]): row for row in sorted(rows, key=lambda row: row["seq_len"])}
+    return [row for row in rows if row is longest[row["op"], row["geometry"]]]
 
 
 def _times_of_s2(records: list[Record], unit: str) -> list[Record]:

@@ -19,8 +19,8 @@ from benchmarks.kernels.work import rate, required_bytes
 DTYPE = torch.bfloat16
 MAX_INPUT_SETS = 32
 
-Measure = Callable[[Sequence[Launch], bool | None], float]
-"""Launches, and whether they must be in a CUDA graph, or None for never, to milliseconds."""
+Measure = Callable[[Sequence[Launch], bool], float]
+"""Launches, and whether they must be in a CUDA graph, to milliseconds."""
 
 
 def run_case(
@@ -68,8 +68,7 @@ def run_implementation(
     try:
         launches = [implementation.ops[case.op](inputs) for inputs in input_sets]
         error = check(implementation.dense, case, launches, input_sets, expected)
-        # Autograd's backward pass runs on the stream of the forward pass, which no graph can have captured.
-        ms = measure(launches, None if case.op in GRADIENT_OPS else case.op == "decode")
+        ms = measure(launches, case.op == "decode")
     except Unavailable as unavailable:
         return {"reason": str(unavailable)}
     except CheckFailed as failure:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from threading import Lock
 from typing import Any
 
 import torch
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from s2_kernels.contiguous.sequences import Span, longest
 from s2_kernels.hopper import has_rows
 from s2_kernels.hopper.key_gradients import key_gradients_bwd_kernel
 from s2_kernels.hopper.key_items import ITEM_FIELDS, key_items
-from s2_kernels.hopper.prefill import MIB, head_blocks, heads_per_section, moved
+from s2_kernels.hopper.prefill import MIB, head_blocks, heads_per_section
 from s2_kernels.hopper.query_gradients import query_gradients_bwd_kernel
 from s2_kernels.hopper.row_statistics import prepare_row_statistics, query_blocks
 from s2_kernels.hopper.schedule import TILE_M
@@ -105,8 +107,7 @@ def _prepare(
     launch_keys = _prepare_keys(shared, items, dk, dv, configs[0])
     lengths = (*packed_lengths, row_starts)
     launch_queries = _prepare_queries(shared, lengths, pattern, longest(spans), dq, configs[1])
-    for descriptor in rows:
-        descriptor.base = None  # no tensor is kept alive from here
+    lock = Lock()  # threads share the descriptors
 
     def call(
         q: torch.Tensor,
@@ -121,13 +122,22 @@ def _prepare(
         dv: torch.Tensor,
     ) -> None:
         hold_for_graph(blocks, row_starts, items)
-        read = [moved(row, x) for row, x in zip(rows, (q, d_out, k, v), strict=True)]
-        read += row_statistics(out, d_out, lse, d_lse)
-        if launch_keys is not None:
-            launch_keys(*read, dk, dv)
-        launch_queries(*read, dq)
+        statistics = row_statistics(out, d_out, lse, d_lse)
+        with lock:
+            _move(rows, (q, d_out, k, v))
+            if launch_keys is not None:
+                launch_keys(*rows, *statistics, dk, dv)
+            launch_queries(*rows, *statistics, dq)
+            _move(rows, (None, None, None, None))
 
+    _move(rows, (None, None, None, None))  # no tensor is kept alive from here
     return call
+
+
+def _move(descriptors: tuple[TensorDescriptor, ...], bases: tuple[torch.Tensor | None, ...]) -> None:
+    """Let them describe other tensors: what Triton checks of each new one has been checked."""
+    for descriptor, base in zip(descriptors, bases, strict=True):
+        descriptor.base = base
 
 
 def key_gradients_config(head_size: int, dtype: torch.dtype) -> dict[str, int]:

@@ -9,8 +9,8 @@ Programs are persistent, so that the loads for a tile begin while the one before
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
 from functools import partial
+from threading import Lock
 
 import torch
 from triton.experimental import gluon
@@ -334,13 +334,17 @@ def _prepare_contiguous(
         head_rows=(0, 0),
         max_seq_len=k.shape[0],
     )
-    queries.base = keys.base = values.base = None  # no tensor is kept alive from here
+    lock = Lock()  # threads share the descriptors
 
     def call(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None
     ) -> None:
-        rows, window = moved(queries, q), (moved(keys, k), moved(values, v))
-        launch(rows, *window, *window, out, tables.residue, tables.rank, lse)
+        with lock:
+            queries.base, keys.base, values.base = q, k, v
+            launch(queries, keys, values, keys, values, out, tables.residue, tables.rank, lse)
+            queries.base = keys.base = values.base = None
+
+    queries.base = keys.base = values.base = None  # no tensor is kept alive from here
 
     return call
 
@@ -431,13 +435,6 @@ def head_blocks(q: torch.Tensor) -> TensorDescriptor:
     return TensorDescriptor(
         q, [num_tokens, num_heads * head_size], [q.stride(0), 1], [TILE_M.value // 2, head_size], SWIZZLED
     )
-
-
-def moved(descriptor: TensorDescriptor, base: torch.Tensor) -> TensorDescriptor:
-    """The same of another tensor of that layout: what Triton checks of a new one has been checked."""
-    other = copy(descriptor)
-    other.base = base
-    return other
 
 
 def _rows(tensor: torch.Tensor, columns: int) -> TensorDescriptor:
