@@ -11,8 +11,11 @@ from s2_kernels.pattern import S2Pattern
 
 QUERY_BLOCK = 128
 """Rows of a query tile. Keys are in blocks of the pattern's size where Flex takes them: it skips most so."""
-GRADIENT_KEY_BLOCK = 64
-"""The smallest blocks of keys that Flex's backward pass takes (torch 2.11)."""
+
+
+def gradient_key_block(head_size: int) -> int:
+    """The smallest blocks of keys that Flex's backward pass takes on a Hopper GPU, as it comes (torch 2.11)."""
+    return 128 if head_size <= 128 else 64
 
 
 @lru_cache(maxsize=1)

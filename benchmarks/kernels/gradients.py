@@ -76,15 +76,15 @@ def flex(inputs: Inputs) -> Attention:
     from torch._functorch import config
     from torch.nn.attention.flex_attention import flex_attention
 
-    from benchmarks.kernels.flex import GRADIENT_KEY_BLOCK, flex_block_mask
+    from benchmarks.kernels.flex import flex_block_mask, gradient_key_block
 
     # A backward pass that runs more than once must not take the buffers of the forward pass for itself.
     config.donated_buffer = False
-    case = inputs.case
-    mask = flex_block_mask(case.pattern, case.total_len, inputs.q.device, GRADIENT_KEY_BLOCK)
+    case, head_size = inputs.case, inputs.q.shape[2]
+    key_block = gradient_key_block(head_size)
+    mask = flex_block_mask(case.pattern, case.total_len, inputs.q.device, key_block)
     compiled = torch.compile(flex_attention, dynamic=False, fullgraph=True)
     attend = partial(compiled, block_mask=mask, scale=inputs.scale, enable_gqa=case.pattern.group_size > 1)
-    head_size = inputs.q.shape[2]
     missing = (1 << (head_size - 1).bit_length()) - head_size
     if head_size > 128 or not missing:
         return attend
