@@ -14,7 +14,7 @@ QUERY_BLOCK = 128
 
 
 def gradient_key_block(head_size: int) -> int:
-    """The smallest blocks of keys that Flex's backward pass takes on a Hopper GPU, as it comes (torch 2.11)."""
+    """The smallest blocks of keys that Flex takes for gradients on a Hopper GPU, as it comes (torch 2.11)."""
     return 128 if head_size <= 128 else 64
 
 
