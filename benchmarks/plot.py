@@ -1,4 +1,4 @@
-"""Shows the results of benchmarks.kernels and benchmarks.engine: pictures, and tables.
+"""Shows the results of benchmarks.kernels, benchmarks.engine and benchmarks.quality: pictures, and tables.
 
 python -m benchmarks.plot
 """
@@ -16,6 +16,7 @@ from benchmarks.engine import table as engine_table
 from benchmarks.kernels.cases import GRADIENT_OPS, OPS, Case
 from benchmarks.kernels.report import gradient_summary, summary
 from benchmarks.kernels.work import flop, required_bytes
+from benchmarks.quality import figures as quality_figures
 from benchmarks.results_file import load_results
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ BASELINES = {
 }
 MARKERS = {"prefill": "o", "chunked_prefill": "s", "decode": "^"}
 FORMATS = ("svg", "png")
-SOURCES = "benchmarks.kernels or benchmarks.engine"
-PATTERNS = ("kernels-*.json", "gradients-*.json", "engine-*.json")
+SOURCES = "benchmarks.kernels, benchmarks.engine or benchmarks.quality"
+PATTERNS = ("kernels-*.json", "gradients-*.json", "engine-*.json", "quality.json")
 
 Record = dict[str, Any]
 
@@ -43,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ops = {record.get("op") for record in records}
         if all("workload" in record for record in records):
             figures, tables = engine_figures.figures(records, gpu), engine_table.tables(records)
+        elif all("task" in record for record in records):
+            figures, tables = quality_figures.figures(records), quality_figures.table(records)
         elif not ops.isdisjoint(GRADIENT_OPS):
             figures, tables = gradient_figures(records, gpu), gradient_summary(records)
         elif None not in ops:

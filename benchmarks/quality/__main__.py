@@ -1,0 +1,180 @@
+"""Train and compare small models with and without S2-Attention.
+
+python -m benchmarks.quality train --arm s2
+python -m benchmarks.quality evaluate --arms s2 dense
+python -m benchmarks.quality tokenizer
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from benchmarks.quality import texts, tokens
+from benchmarks.quality.arms import ARMS, SERVED_LENGTH
+from benchmarks.quality.evaluate import TINY, Suite, evaluate
+from benchmarks.quality.model import load_facts
+from benchmarks.quality.train import Settings, Training
+from benchmarks.results_file import ResultFile, describe_run
+from s2_vllm.cli import positive_int
+
+if TYPE_CHECKING:
+    from vllm import LLM
+
+KEY = ("arm", "task", "length", "depth", "residue")
+"""What a measurement is known by."""
+MODELS = Path("quality-models")
+OUTPUT = Path("benchmarks/results/quality.json")
+TINY_SETTINGS = {"steps": 4, "tokens_per_step": 384}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    if not (options.tiny or options.command == "tokenizer" or torch.cuda.is_available()):
+        print("benchmarks.quality: no CUDA GPU found, expected one, or --tiny", file=sys.stderr)
+        return 2
+    try:
+        {"train": _train, "evaluate": _evaluate, "tokenizer": _make_tokenizer}[options.command](options)
+    except ValueError as error:
+        print(f"benchmarks.quality: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(
+            f"benchmarks.quality: {error}\nexpected a larger GPU, or fewer --tokens-per-step", file=sys.stderr
+        )
+        return 1
+    return 0
+
+
+def _train(options: argparse.Namespace) -> None:
+    chosen = {name: getattr(options, name) for name in ("steps", "tokens_per_step", "learning_rate")}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    settings = Settings(
+        options.arm, options.seed, tiny=options.tiny, **{**(TINY_SETTINGS if options.tiny else {}), **given}
+    )
+    folder = options.models / options.arm
+    training = Training(settings, folder, torch.device("cpu" if options.tiny else "cuda"))
+    if training.step:
+        print(f"{options.arm}: going on after step {training.step}", flush=True)
+    try:
+        training.run(_report)
+    except KeyboardInterrupt:
+        training.save()
+        print(f"\n{options.arm}: stopped after step {training.step}; the same command goes on from there")
+        raise SystemExit(130) from None
+    training.save_model(folder)
+    print(f"\n{options.arm}: saved {folder}")
+
+
+def _report(training: Training) -> None:
+    step, steps = training.step, training.settings.steps
+    if step % max(1, steps // 200) and step != steps:
+        return
+    done = 40 * step // steps
+    recent = training.losses[-20:]
+    length = training.batches.length(step - 1)
+    rate = step * training.settings.tokens_per_step / training.seconds
+    bar = f"[{'#' * done}{'.' * (40 - done)}]"
+    print(
+        f"\r{training.settings.arm} {bar} step {step} of {steps}, sequences of {length:,} tokens, "
+        f"loss {sum(recent) / len(recent):.3f}, {rate / 1e3:,.0f} thousand tokens/s",
+        end="",
+        flush=True,
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    suite = TINY if options.tiny else Suite()
+    if options.lengths:
+        suite = Suite(**{**vars(suite), "lengths": tuple(options.lengths)})
+    if max(suite.lengths) > SERVED_LENGTH - 1:
+        raise ValueError(f"--lengths: {max(suite.lengths)}, expected at most {SERVED_LENGTH - 1} tokens")
+    arms = options.arms or [arm for arm in ARMS if (options.models / arm / "config.json").exists()]
+    if not arms:
+        raise ValueError(f"--models: {options.models}, expected a folder with trained models")
+    trained = {arm: load_facts(options.models / arm, arm) for arm in arms}
+    text = texts.load(held_out=True, limit=60 if options.tiny else None)
+    file = ResultFile(options.output, describe_run(), KEY)
+    for arm, facts in trained.items():
+        known = {name: facts[name] for name in ("parameters", "train_tokens", "train_seconds")}
+        start = time.monotonic()
+
+        def progress(what: str, arm: str = arm, start: float = start) -> None:
+            print(f"\r{arm}, {time.monotonic() - start:.0f} s: {what:60}", end="", flush=True)
+
+        with _engine(options.models / arm, suite) as llm:
+            for record in evaluate(llm, text, suite, progress):
+                if record["task"] == "loss":
+                    record |= {**known, "losses": facts["losses"]}
+                file.add({"arm": arm, **record})
+        print()
+    print(f"saved {options.output}")
+
+
+@contextmanager
+def _engine(folder: Path, suite: Suite) -> Iterator[LLM]:
+    """The engine that serves a model, in this process; its state is gone afterwards."""
+    import os
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from vllm import LLM
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    is_gpu = torch.cuda.is_available()
+    llm = LLM(
+        str(folder),
+        skip_tokenizer_init=True,
+        dtype="bfloat16" if is_gpu else "float32",
+        max_model_len=max(*suite.lengths, suite.loss_length) + 1,
+        enforce_eager=not is_gpu,
+        **({} if is_gpu else {"kv_cache_memory_bytes": 1 << 28}),
+    )
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+def _make_tokenizer(options: argparse.Namespace) -> None:
+    tokens.train(texts.read(held_out=False)).save(str(options.output), pretty=False)
+    print(f"saved {options.output}")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train an arm, or go on where a training stopped")
+    train.add_argument("--arm", choices=list(ARMS), required=True)
+    train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--steps", type=positive_int)
+    train.add_argument("--tokens-per-step", type=positive_int, metavar="TOKENS")
+    train.add_argument("--learning-rate", type=float, metavar="RATE")
+    evaluate = commands.add_parser("evaluate", help="serve trained arms and ask them for pass keys")
+    evaluate.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: all that are trained")
+    evaluate.add_argument("--lengths", nargs="+", type=positive_int, metavar="TOKENS")
+    evaluate.add_argument("--output", type=Path, default=OUTPUT)
+    for command in (train, evaluate):
+        command.add_argument("--models", type=Path, default=MODELS, help="folder, default: %(default)s")
+        command.add_argument(
+            "--tiny", action="store_true", help="the same steps with no model to speak of, on a CPU"
+        )
+    tokenizer = commands.add_parser("tokenizer", help="make the vocabulary anew; models have to be as well")
+    tokenizer.add_argument("--output", type=Path, default=tokens.FILE)
+    tokenizer.set_defaults(tiny=False)
+    options = parser.parse_args(arguments)
+    if options.command == "evaluate" and options.tiny and options.output == OUTPUT:
+        parser.error("--output: missing, expected a file with --tiny: its figures mean nothing")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
