@@ -18,7 +18,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=[*find_packages(include=["s2_vllm", "s2_vllm.*"]), *find_packages("kernels")],
-    package_data={"s2_kernels.launch.configs": ["*.json"]},
+    package_data={"s2_kernels.launch.configs": ["*.json"], "s2_vllm.demo": ["names.txt", "model/*"]},
     # A folder `kernels` that were a package of its own would shadow the one of that name on PyPI.
     package_dir={"s2_kernels": "kernels/s2_kernels"},
     # vLLM itself is left to the extras: it comes under two names, and the plugin joins the one that is there.

@@ -14,18 +14,20 @@ import pytest
 import torch
 
 from benchmarks.quality import __main__ as command
-from benchmarks.quality import arms, evaluate, figures, passkeys, texts, tokens, train
+from benchmarks.quality import arms, evaluate, figures, texts, train, vocabulary
 from benchmarks.quality.batches import ANSWER_WEIGHT, CURRICULUM, Batches
 from benchmarks.quality.model import load_facts, make_model
-from benchmarks.quality.passkeys import PassKey
 from s2_kernels.config import S2Config
 from s2_kernels.reference import token_mask
+from s2_vllm.demo import passkeys
+from s2_vllm.demo import vocabulary as tokens
+from s2_vllm.demo.passkeys import PassKey, Tokens
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def text() -> texts.Tokens:
+def text() -> Tokens:
     return texts.load(held_out=True, limit=400)
 
 
@@ -44,7 +46,7 @@ def test_any_text_is_read_back() -> None:
     assert len(ids) < len(content) / 2.2
 
 
-def test_a_file_is_held_out_or_not(text: texts.Tokens) -> None:
+def test_a_file_is_held_out_or_not(text: Tokens) -> None:
     held_out = [texts.is_held_out(path) for path in texts.files()]
     assert 0.02 < sum(held_out) / len(held_out) < 0.1
     parts = [set(texts.read(part, 60)) for part in (True, False)]
@@ -53,8 +55,8 @@ def test_a_file_is_held_out_or_not(text: texts.Tokens) -> None:
 
 
 def test_a_vocabulary_is_made_of_texts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "REPETITIONS", 1000)
-    made = tokens.train(["wombat " * 2000, "other text"])
+    monkeypatch.setattr(vocabulary, "REPETITIONS", 1000)
+    made = vocabulary.train(["wombat " * 2000, "other text"])
     assert len(made.encode(" wombat").ids) == 1
     assert all(len(made.encode(f" {name}").ids) == 1 for name in tokens.NAMES)
 
@@ -62,7 +64,7 @@ def test_a_vocabulary_is_made_of_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_answer_is_the_question_answered() -> None:
     key = PassKey("falcon", 3999)
     assert tokens.decode(key.question + key.answer) == (
-        "\nWhat is the pass key of falcon? The pass key of falcon is 003999.\n"
+        "\nWhat is the pass key of falcon? The pass key of falcon is 003999.<|endoftext|>"
     )
     for part, form in ((key.fact, passkeys.FACT), (key.answer, passkeys.ANSWER)):
         assert part == tokens.encode(form.format(name="falcon", number="003999"))
@@ -76,7 +78,7 @@ def test_an_answer_is_the_question_answered() -> None:
     assert not key.is_answered_by(key.answer[: key.number_in(key.answer) + 1])
 
 
-def test_facts_are_where_they_were_asked_for(text: texts.Tokens) -> None:
+def test_facts_are_where_they_were_asked_for(text: Tokens) -> None:
     keys = [PassKey("falcon", 123456), PassKey("heron", 123999)]
     context = passkeys.hidden(np.random.default_rng(0), text, keys, [50, 90], 200)
     assert len(context) == 200
@@ -88,11 +90,11 @@ def test_facts_are_where_they_were_asked_for(text: texts.Tokens) -> None:
             passkeys.hidden(np.random.default_rng(0), text, keys, positions, 200)
 
 
-def make_batches(text: texts.Tokens, **changed: Any) -> Batches:
+def make_batches(text: Tokens, **changed: Any) -> Batches:
     return replace(Batches(text, 3, 4096, 100), **changed)
 
 
-def test_a_batch_depends_on_seed_and_step_alone(text: texts.Tokens) -> None:
+def test_a_batch_depends_on_seed_and_step_alone(text: Tokens) -> None:
     batches = make_batches(text)
     batch = batches.batch(7)
     assert all(np.array_equal(*pair) for pair in zip(batch, make_batches(text).batch(7), strict=True))
@@ -100,7 +102,7 @@ def test_a_batch_depends_on_seed_and_step_alone(text: texts.Tokens) -> None:
         assert not np.array_equal(batch[0], other[0])
 
 
-def test_sequences_grow(text: texts.Tokens) -> None:
+def test_sequences_grow(text: Tokens) -> None:
     batches = make_batches(text, tokens_per_step=65536)
     lengths = [batches.length(step) for step in range(100)]
     assert sorted(set(lengths)) == [length for length, _ in CURRICULUM]
@@ -109,7 +111,7 @@ def test_sequences_grow(text: texts.Tokens) -> None:
 
 
 @pytest.mark.parametrize("step", [0, 99], ids=["short", "long"])
-def test_what_is_asked_has_been_told(text: texts.Tokens, step: int) -> None:
+def test_what_is_asked_has_been_told(text: Tokens, step: int) -> None:
     """And the numbers of answers, nothing else, count for more."""
     sequences, weights = make_batches(text, tokens_per_step=32768).batch(step)
     asked = 0
@@ -160,7 +162,7 @@ def test_all_arms_begin_with_the_same_weights() -> None:
         assert all(torch.equal(weight, other[name]) for name, weight in first.items())
 
 
-SETTINGS = train.Settings("s2", steps=6, tokens_per_step=192, tiny=True)
+SETTINGS = train.Settings("s2", steps=12, tokens_per_step=192, tiny=True)
 
 
 def no_report(training: train.Training) -> None:
@@ -170,7 +172,7 @@ def no_report(training: train.Training) -> None:
 def test_a_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     whole = train.Training(SETTINGS, tmp_path / "whole", CPU)
     whole.run(no_report)
-    assert whole.losses[-1] < whole.losses[0]
+    assert sum(whole.losses[-4:]) < sum(whole.losses[:4])
 
     def stop(training: train.Training) -> None:
         if training.step == 3:
@@ -185,9 +187,9 @@ def test_a_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert later.losses == whole.losses
     for one, other in zip(later.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(one, other)
-    assert later.facts()["train_tokens"] == 6 * 192
-    with pytest.raises(ValueError, match=r"checkpoint\.pt: steps 6, expected 7, as asked for now"):
-        train.Training(replace(SETTINGS, steps=7), tmp_path / "parts", CPU)
+    assert later.facts()["train_tokens"] == 12 * 192
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: steps 12, expected 13, as asked for now"):
+        train.Training(replace(SETTINGS, steps=13), tmp_path / "parts", CPU)
 
 
 class FakeLLM:
@@ -202,7 +204,7 @@ class FakeLLM:
     def _output(self, prompt: list[int]) -> Any:
         name = tokens.decode(prompt).rpartition("What is the pass key of ")[2].rstrip("?")
         _, _, found = tokens.decode(prompt[-self.reach :]).partition(f"of {name} is ")
-        answer = tokens.encode(f" The pass key of {name} is {found[:6] or '000000'}.\n")
+        answer = tokens.encode(f" The pass key of {name} is {found[:6] or '000000'}.")
         return SimpleNamespace(outputs=[SimpleNamespace(token_ids=answer)])
 
 
@@ -211,7 +213,7 @@ SUITE = evaluate.Suite(lengths=(1024, 4096), samples=8)
 
 @pytest.mark.parametrize("make", [evaluate.passkey_samples, evaluate.recall_samples])
 @pytest.mark.parametrize("length", SUITE.lengths)
-def test_samples_lie_where_they_say(make: Callable[..., Any], length: int, text: texts.Tokens) -> None:
+def test_samples_lie_where_they_say(make: Callable[..., Any], length: int, text: Tokens) -> None:
     samples = list(make(text, length, SUITE))
     for sample in samples:
         assert len(sample.prompt) + len(sample.key.answer) == length
@@ -227,7 +229,7 @@ def test_samples_lie_where_they_say(make: Callable[..., Any], length: int, text:
         assert max(counts) - min(counts) <= (2 if length == 4096 else 16)
 
 
-def test_accuracies_of_a_window(text: texts.Tokens) -> None:
+def test_accuracies_of_a_window(text: Tokens) -> None:
     samples = list(evaluate.passkey_samples(text, 4096, SUITE))
     records = evaluate.accuracies("passkey", 4096, samples, evaluate.ask(FakeLLM(2100), samples))
     assert sum(record["samples"] for record in records) == 80
@@ -238,7 +240,7 @@ def test_accuracies_of_a_window(text: texts.Tokens) -> None:
     assert 0 < found[4096, 4] < 1
 
 
-def test_held_out_loss_is_by_position(text: texts.Tokens) -> None:
+def test_held_out_loss_is_by_position(text: Tokens) -> None:
     class Positions:
         def generate(self, prompts: list[Any], params: Any, use_tqdm: bool) -> list[Any]:
             ids = prompts[0]["prompt_token_ids"]

@@ -2,7 +2,7 @@
 
 python -m benchmarks.quality train --arm s2
 python -m benchmarks.quality evaluate --arms s2 dense
-python -m benchmarks.quality tokenizer
+python -m benchmarks.quality vocabulary
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks.quality import texts, tokens
+from benchmarks.quality import texts, vocabulary
 from benchmarks.quality.arms import ARMS, SERVED_LENGTH
 from benchmarks.quality.evaluate import TINY, Suite, evaluate
 from benchmarks.quality.model import load_facts
 from benchmarks.quality.train import Settings, Training
 from benchmarks.results_file import ResultFile, describe_run
 from s2_vllm.cli import positive_int
+from s2_vllm.demo.vocabulary import FILE
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -37,11 +38,11 @@ TINY_SETTINGS = {"steps": 4, "tokens_per_step": 384}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
-    if not (options.tiny or options.command == "tokenizer" or torch.cuda.is_available()):
+    if not (options.tiny or options.command == "vocabulary" or torch.cuda.is_available()):
         print("benchmarks.quality: no CUDA GPU found, expected one, or --tiny", file=sys.stderr)
         return 2
     try:
-        {"train": _train, "evaluate": _evaluate, "tokenizer": _make_tokenizer}[options.command](options)
+        {"train": _train, "evaluate": _evaluate, "vocabulary": _make_vocabulary}[options.command](options)
     except ValueError as error:
         print(f"benchmarks.quality: {error}", file=sys.stderr)
         return 2
@@ -144,8 +145,8 @@ def _engine(folder: Path, suite: Suite) -> Iterator[LLM]:
         cleanup_dist_env_and_memory()
 
 
-def _make_tokenizer(options: argparse.Namespace) -> None:
-    tokens.train(texts.read(held_out=False)).save(str(options.output), pretty=False)
+def _make_vocabulary(options: argparse.Namespace) -> None:
+    vocabulary.train(texts.read(held_out=False)).save(str(options.output), pretty=False)
     print(f"saved {options.output}")
 
 
@@ -167,8 +168,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument(
             "--tiny", action="store_true", help="the same steps with no model to speak of, on a CPU"
         )
-    tokenizer = commands.add_parser("tokenizer", help="make the vocabulary anew; models have to be as well")
-    tokenizer.add_argument("--output", type=Path, default=tokens.FILE)
+    tokenizer = commands.add_parser("vocabulary", help="make the vocabulary anew; models have to be as well")
+    tokenizer.add_argument("--output", type=Path, default=FILE)
     tokenizer.set_defaults(tiny=False)
     options = parser.parse_args(arguments)
     if options.command == "evaluate" and options.tiny and options.output == OUTPUT:

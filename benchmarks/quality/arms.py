@@ -60,7 +60,7 @@ def model_config(arm: str, vocab_size: int, tiny: bool = False) -> dict[str, Any
         "rope_theta": 500000.0,
         "tie_word_embeddings": True,
         "bos_token_id": None,
-        "eos_token_id": None,
+        "eos_token_id": 0,
         "pad_token_id": None,
     }
     if pattern is not None:

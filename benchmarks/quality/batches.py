@@ -8,8 +8,7 @@ from itertools import repeat
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.quality.passkeys import NUMBER_TOKENS, PassKey, draw, excerpt
-from benchmarks.quality.texts import Tokens
+from s2_vllm.demo.passkeys import NUMBER_TOKENS, PassKey, Tokens, draw, excerpt
 
 Weights = npt.NDArray[np.float32]
 Batch = tuple[npt.NDArray[np.int64], Weights]

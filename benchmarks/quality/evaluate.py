@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from benchmarks.quality import arms
-from benchmarks.quality.passkeys import NUMBER_TOKENS, PassKey, draw, excerpt, hidden
-from benchmarks.quality.texts import Tokens
+from s2_vllm.demo.passkeys import NUMBER_TOKENS, PassKey, Tokens, draw, excerpt, hidden
 
 if TYPE_CHECKING:
     from vllm import LLM

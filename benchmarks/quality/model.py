@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks.quality import tokens
-from benchmarks.quality.arms import ARMS, model_config
+from benchmarks.quality.arms import ARMS, SERVED_LENGTH, model_config
+from s2_vllm.demo import vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+)
+"""The model was trained on texts with questions in them: who says what, it is not told."""
 FACTS = "training.json"
 """In the folder of a trained model: how it was trained."""
 
@@ -26,7 +31,7 @@ def make_model(arm: str, seed: int, device: torch.device, tiny: bool = False) ->
     from s2_vllm.models.families import S2LlamaConfig
     from s2_vllm.models.transformers import S2LlamaForCausalLM
 
-    config = model_config(arm, tokens.VOCAB_SIZE, tiny)
+    config = model_config(arm, vocabulary.VOCAB_SIZE, tiny)
     torch.manual_seed(seed)
     if ARMS[arm] is None:
         model = LlamaForCausalLM(LlamaConfig(**config))
@@ -37,9 +42,16 @@ def make_model(arm: str, seed: int, device: torch.device, tiny: bool = False) ->
 
 def save(model: PreTrainedModel, folder: Path, facts: dict[str, Any]) -> None:
     """A checkpoint that is served as it is: bfloat16 weights, tokenizer, and `facts` of the training."""
+    from transformers import PreTrainedTokenizerFast
+
     deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
-    tokens.load().save(str(folder / "tokenizer.json"), pretty=False)
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}\n')
+    PreTrainedTokenizerFast(
+        tokenizer_file=str(vocabulary.FILE),
+        eos_token=vocabulary.END_OF_TEXT,
+        model_max_length=SERVED_LENGTH,
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
     (folder / FACTS).write_text(json.dumps(facts, indent=2) + "\n")
 
 

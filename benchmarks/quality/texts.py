@@ -9,12 +9,11 @@ from pathlib import Path
 from zlib import crc32
 
 import numpy as np
-import numpy.typing as npt
 
-from benchmarks.quality import tokens
 from benchmarks.results_file import REPOSITORY
-
-Tokens = npt.NDArray[np.uint16]
+from s2_vllm.demo.passkeys import Tokens
+from s2_vllm.demo.vocabulary import END_OF_TEXT
+from s2_vllm.demo.vocabulary import load as load_tokenizer
 
 HELD_OUT = 20
 """One file in so many is held out."""
@@ -51,5 +50,5 @@ def read(held_out: bool, limit: int | None = None) -> Iterator[str]:
 
 def load(held_out: bool, limit: int | None = None) -> Tokens:
     """The texts of one part as tokens, one file after the other."""
-    encodings = tokens.load().encode_batch(list(read(held_out, limit)))
+    encodings = load_tokenizer().encode_batch([text + END_OF_TEXT for text in read(held_out, limit)])
     return np.concatenate([np.array(encoding.ids, dtype=np.uint16) for encoding in encodings])

@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
-from benchmarks.quality import tokens
-from benchmarks.quality.texts import Tokens
+from s2_vllm.demo.vocabulary import END_OF_TEXT, NAMES, encode
+
+Tokens = npt.NDArray[np.uint16]
 
 FACT = "\nThe pass key of {name} is {number}. Remember it.\n"
 QUESTION = "\nWhat is the pass key of {name}?"
-ANSWER = " The pass key of {name} is {number}.\n"
+ANSWER = " The pass key of {name} is {number}." + END_OF_TEXT
 NUMBERS = 1_000_000
 NUMBER_TOKENS = 2
 
@@ -61,14 +63,14 @@ class PassKey:
 
 @lru_cache(maxsize=4096)
 def _piece(text: str) -> tuple[int, ...]:
-    return tuple(tokens.encode(text))
+    return tuple(encode(text))
 
 
 def draw(rng: np.random.Generator, count: int) -> list[PassKey]:
     """Pass keys of different names."""
-    names = rng.choice(len(tokens.NAMES), count, replace=False)
+    names = rng.choice(len(NAMES), count, replace=False)
     numbers = rng.integers(NUMBERS, size=count)
-    return [PassKey(tokens.NAMES[name], int(number)) for name, number in zip(names, numbers, strict=True)]
+    return [PassKey(NAMES[name], int(number)) for name, number in zip(names, numbers, strict=True)]
 
 
 def excerpt(rng: np.random.Generator, text: Tokens, length: int) -> Tokens:
