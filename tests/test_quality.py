@@ -185,6 +185,8 @@ def test_a_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert later.step == 3
     later.run(no_report)
     assert later.losses == whole.losses
+    assert len(later.recalls) == 12
+    assert all(0 <= recall < 0.2 for recall in later.recalls)
     for one, other in zip(later.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(one, other)
     assert later.facts()["train_tokens"] == 12 * 192

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from benchmarks.quality import texts, vocabulary
@@ -79,13 +80,13 @@ def _report(training: Training) -> None:
     if step % max(1, steps // 200) and step != steps:
         return
     done = 40 * step // steps
-    recent = training.losses[-20:]
+    loss, recall = (np.mean(x[-20:]) for x in (training.losses, training.recalls))
     length = training.batches.length(step - 1)
     rate = step * training.settings.tokens_per_step / training.seconds
     bar = f"[{'#' * done}{'.' * (40 - done)}]"
     print(
         f"\r{training.settings.arm} {bar} step {step} of {steps}, sequences of {length:,} tokens, "
-        f"loss {sum(recent) / len(recent):.3f}, {rate / 1e3:,.0f} thousand tokens/s",
+        f"loss {loss:.3f}, {recall:.1%} of the numbers right, {rate / 1e3:,.0f} thousand tokens/s",
         end="",
         flush=True,
     )

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.quality import batches, texts
-from benchmarks.quality.batches import Batch, Batches
+from benchmarks.quality.batches import ANSWER_WEIGHT, Batch, Batches
 from benchmarks.quality.model import make_model, save
 
 CHECKPOINT = "checkpoint.pt"
@@ -70,6 +70,7 @@ class Training:
         )
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []
+        self.recalls: list[float] = []
         if self.path.exists():
             self._load()
 
@@ -79,11 +80,13 @@ class Training:
         before = self.seconds
         batch = self.batches.batch(self.step)
         while self.step < self.settings.steps:
-            loss = self.train_step(batch)
+            measured = self.train_step(batch)
             self.step += 1
             if self.step < self.settings.steps:
                 batch = self.batches.batch(self.step)  # while the GPU is at work
-            self.losses.append(float(loss))
+            loss, recall = measured.tolist()
+            self.losses.append(loss)
+            self.recalls.append(recall)
             self.seconds = before + time.monotonic() - start
             report(self)
             if time.monotonic() - saved > SECONDS_BETWEEN_CHECKPOINTS:
@@ -92,19 +95,22 @@ class Training:
         self.save()
 
     def train_step(self, batch: Batch) -> torch.Tensor:
-        """The loss of the step, which a GPU may still be computing."""
+        """[2]: the loss and the part of the answers' numbers that was right. A GPU may still compute them."""
         tokens, weights = (torch.from_numpy(x).to(self.device) for x in batch)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * _schedule(self.step / self.settings.steps)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             logits = self.model(tokens[:, :-1], use_cache=False).logits
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+        targets = tokens[:, 1:]
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none")
         loss = (losses * weights.flatten()).sum() / weights.sum()
+        is_number = weights == ANSWER_WEIGHT
+        right = (logits.detach().argmax(dim=-1) == targets) & is_number
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return torch.stack([loss.detach(), right.sum() / is_number.sum().clamp(min=1)])
 
     def facts(self) -> dict[str, Any]:
         """What is said of the model that comes out."""
@@ -114,6 +120,7 @@ class Training:
             "train_tokens": self.step * self.settings.tokens_per_step,
             "train_seconds": round(self.seconds, 1),
             "losses": _means(self.losses),
+            "recalls": _means(self.recalls),
         }
 
     def save(self) -> None:
@@ -123,7 +130,7 @@ class Training:
             "settings": asdict(self.settings),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "progress": (self.step, self.seconds, self.losses),
+            "progress": (self.step, self.seconds, self.losses, self.recalls),
         }
         unfinished = self.path.with_suffix(f".{os.getpid()}")
         torch.save(state, unfinished)
@@ -141,7 +148,7 @@ class Training:
                 raise ValueError(f"{self.path}: {name} {found!r}, expected {value!r}, as asked for now")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds, self.losses = state["progress"]
+        self.step, self.seconds, self.losses, self.recalls = state["progress"]
 
 
 def _means(losses: list[float]) -> list[float]:
