@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from benchmarks.kernels.flex import flex_block_mask
 from benchmarks.kernels.inputs import DENSE_PAGE_TOKENS, random_inputs
 from benchmarks.kernels.run import run_case
 from benchmarks.results_file import write_results
+from s2_kernels import dkernel
 from s2_kernels.config import S2Config
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.reference import attention_reference, token_mask
@@ -253,6 +255,22 @@ def test_gradients_are_checked_and_timed(op: str, name: str) -> None:
     for record in run(Case(op, name, 1, 200), "s2", "fa2"):
         assert record.keys() == {"op", "geometry", "batch", "seq_len", "impl", "ms", "tflops", "max_rel_err"}
         assert record["max_rel_err"] < 1e-4
+
+
+@pytest.mark.parametrize("peer", ["dkernel", "fa4"])
+def test_a_peer_that_does_not_run_has_a_reason(peer: str) -> None:
+    """Not installed, or not for a CPU."""
+    (record,) = run(Case("backward", "tiny", 1, 200), peer)
+    assert record["reason"]
+    assert record.keys().isdisjoint({"ms", "error"})
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_dkernels_gradients_are_asked_for_as_it_documents(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its interface on our kernels."""
+    monkeypatch.setitem(sys.modules, "dkernel", dkernel)
+    (record,) = run(Case("forward_backward", name, 1, 200), "dkernel")
+    assert record["max_rel_err"] < 1e-4
 
 
 @pytest.mark.parametrize("which", range(3), ids=["dq", "dk", "dv"])

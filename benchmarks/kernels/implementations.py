@@ -138,16 +138,21 @@ def prepare_flex(inputs: Inputs) -> Launch:
 
 
 def prepare_dkernel(inputs: Inputs) -> Launch:
+    attention = _dkernel(inputs)
+    per_query_head = inputs.case.shape.config.pattern_heads == "query"
+    keys_values = _repeated_key_value(inputs) if per_query_head else (inputs.k, inputs.v)
+    q, k, v = (_batched(x, inputs) for x in (inputs.q, *keys_values))
+    return partial(attention, q, k, v)
+
+
+def _dkernel(inputs: Inputs) -> gradients.Attention:
+    """DKernel's attention, of as many KV heads as there are patterns: its pattern heads are KV heads."""
     try:
         from dkernel import LocalStrideSparseAttention
     except ImportError as error:
         raise Unavailable(str(error)) from error
 
-    # Its pattern heads are KV heads, so one pattern per query head takes as many KV heads.
     config, pattern = inputs.case.shape.config, inputs.case.pattern
-    per_query_head = config.pattern_heads == "query"
-    keys_values = _repeated_key_value(inputs) if per_query_head else (inputs.k, inputs.v)
-    q, k, v = (_batched(x, inputs) for x in (inputs.q, *keys_values))
     attention = LocalStrideSparseAttention(
         pattern.num_heads,
         inputs.case.total_len,
@@ -155,15 +160,30 @@ def prepare_dkernel(inputs: Inputs) -> Launch:
         pattern.local_blocks,
         pattern.vert_stride,
         homo_head=config.homo_head,
-        num_kv_heads=k.shape[2],
+        num_kv_heads=pattern.num_heads if config.pattern_heads == "query" else pattern.num_kv_heads,
         head_sliding_offset=config.head_sliding_offset,
         seq_dim=1,
-    ).to(q.device)
+    ).to(inputs.q.device)
+    return partial(attention, sm_scale=inputs.scale)
 
-    def launch() -> torch.Tensor:
-        return attention(q, k, v, sm_scale=inputs.scale)
 
-    return launch
+def _dkernel_gradients(op: str, inputs: Inputs) -> Launch:
+    per_query_head = inputs.case.shape.config.pattern_heads == "query"
+    return gradients.prepare(_dkernel, op, False, per_query_head, inputs)
+
+
+def _fa4(inputs: Inputs) -> gradients.Attention:
+    """FlashAttention's CuTe kernels, those of vLLM's wheel: dense, with GQA."""
+    try:
+        from vllm.vllm_flash_attn.cute.interface import flash_attn_func
+    except ImportError as error:
+        raise Unavailable(str(error)) from error
+
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = flash_attn_func(q, k, v, softmax_scale=inputs.scale, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+
+    return attention
 
 
 def prepare_fa3_prefill(inputs: Inputs) -> Launch:
@@ -388,7 +408,11 @@ IMPLEMENTATIONS = {
     "flex": Implementation(
         dense=False, ops={"prefill": prepare_flex, **_gradients(gradients.flex, head_major=True)}
     ),
-    "dkernel": Implementation(dense=False, ops={"prefill": prepare_dkernel}),
+    "fa4": Implementation(dense=True, ops=_gradients(_fa4)),
+    "dkernel": Implementation(
+        dense=False,
+        ops={"prefill": prepare_dkernel, **{op: partial(_dkernel_gradients, op) for op in GRADIENT_OPS}},
+    ),
     "xformers": Implementation(dense=True, ops={"decode": prepare_xformers_decode}),
     "vllm_triton": Implementation(
         dense=True, ops={"decode": prepare_vllm_triton, "chunked_prefill": prepare_vllm_triton}
