@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import resource
@@ -28,6 +29,8 @@ OURS = {"benchmarks", "s2_kernels", "s2_vllm", "tests"}
 NOT_RUN = (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED)
 MEMORY = 16 << 30
 """Bytes of address space of a process: a mutant may ask for any amount."""
+CACHE = tempfile.TemporaryDirectory()
+"""vLLM's: it asks another Python about every class of models that it does not find there."""
 
 
 def preload(tests: Sequence[str]) -> None:
@@ -37,7 +40,7 @@ def preload(tests: Sequence[str]) -> None:
         RuntimeError: the tests fail on the code as it is.
     """
     # Threads do not survive a fork.
-    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "VLLM_CACHE_ROOT": CACHE.name}
     # What the tests set before they import any library.
     importlib.import_module("tests.conftest")
     with tempfile.TemporaryDirectory() as folder:
@@ -115,7 +118,8 @@ def _pytest(tests: Sequence[str], imported: Path | None = None) -> int:
         "mutants", derandomize=True, deadline=None, database=None, phases=[Phase.explicit, Phase.generate]
     )
     settings.load_profile("mutants")
-    subprocess.Popen = _Popen
+    if imported is None:
+        subprocess.Popen = _Popen
     with tempfile.TemporaryDirectory() as folder:
         code = pytest.main(["-xq", "-p", "no:cacheprovider", f"--basetemp={folder}/files", *tests])
     if imported:
@@ -158,6 +162,8 @@ def _fork(run: Callable[[], int], output: str | Path = os.devnull) -> int:
     pid = os.fork()
     if pid:
         return pid
+    # pytest collects garbage at its end: it need not look through the libraries.
+    gc.freeze()
     code = 1
     try:
         os.setpgid(0, 0)
