@@ -12,6 +12,8 @@ from transformers import LlamaConfig
 from vllm.config import DiffusionConfig, KVTransferConfig, ModelConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention, EncoderOnlyAttention
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -75,7 +77,7 @@ def test_nothing_is_refused_without_a_reason(served: VllmConfig) -> None:
 
 
 MODELS = {
-    "use_mla": (True, "uses multi-head latent attention"),
+    "use_mla": (True, r"uses multi-head latent attention \(MLA\)"),
     "is_encoder_decoder": (True, "is an encoder-decoder model"),
     "is_hybrid": (True, "has layers with a recurrent state"),
     "is_attention_free": (True, "has layers with a recurrent state"),
@@ -112,7 +114,7 @@ def test_model_that_is_not_causal(served: VllmConfig, place: str, key: str, valu
     model_config = copy(served.model_config)
     model_config.hf_config, model_config.hf_text_config = copy(model_config.hf_config), LlamaConfig()
     setattr(getattr(model_config, place), key, value)
-    with pytest.raises(S2ConfigError, match=message):
+    with pytest.raises(S2ConfigError, match=rf"^s2_attention: LlamaForCausalLM {message}, expected"):
         refusals.check_model(model_config)
 
 
@@ -244,6 +246,10 @@ def test_custom_backend_without_a_pattern(served: VllmConfig, custom: AttentionB
     assert refusals.asks_for_our_backend(config)
 
 
+def test_backends_of_no_model(served: VllmConfig) -> None:
+    refusals.check_backend_names(changed(served, "model_config", None), has_pattern=False)
+
+
 PLACES: dict[str, tuple[str, Any]] = {
     "attention_config.backend_per_kind.full_attention": (
         "attention_config.backend_per_kind",
@@ -342,6 +348,8 @@ def arguments(**given: Any) -> dict[str, Any]:
         {"sinks": None},
         {"logits_soft_cap": 0.0},
         {"attn_type": "decoder"},
+        {"attn_type": None},
+        {"quant_config": object()},
         {"extra": None},
     ],
     ids=str,
@@ -350,6 +358,11 @@ def test_plain_layer(given: dict[str, Any]) -> None:
     """What says no more than a default does is served, in a sparse layer and in a dense one."""
     refusals.check_sparse_layer(Attention, arguments(**given))
     refusals.check_dense_layer(Attention, arguments(**given))
+
+
+def test_windows_of_sparse_layers_are_seen_when_they_are_made() -> None:
+    """vLLM may still turn off the window that a model passes."""
+    refusals.check_sparse_layer(Attention, arguments(per_layer_sliding_window=64))
 
 
 SPARSE: list[tuple[dict[str, Any], str]] = [
@@ -430,28 +443,34 @@ def test_layer_as_planned(served: VllmConfig) -> None:
     refusals.check_made_layer(made_layer(), PLAN, served)
 
 
+PLAIN = r"expected plain causal attention \(or the layer's index in dense_layers\)"
+HEADS = rf"s2_attention: layer {NAME} has {{}} KV heads instead of the model's 32 and 8, {PLAIN}"
 MADE: list[tuple[dict[str, Any], str]] = [
-    (
-        {"num_heads": 16},
-        "layer .* has 16 query and 8 KV heads instead of the model's 32 and 8, expected plain",
-    ),
-    ({"num_kv_heads": 4}, "layer .* has 32 query and 4 KV heads instead of the model's 32 and 8"),
-    ({"head_size": 64}, r"layer .* has a head size of its own \(64\), expected plain"),
+    ({"num_heads": 16}, HEADS.format("16 query and 8")),
+    ({"num_kv_heads": 4}, HEADS.format("32 query and 4")),
+    ({"head_size": 64}, rf"s2_attention: layer {NAME} has a head size of its own \(64\), {PLAIN}"),
     (
         {"sliding_window": 64},
-        r"layer .* has a sliding window \(64 tokens\), expected plain causal attention$",
+        rf"s2_attention: layer {NAME} has a sliding window \(64 tokens\), expected plain causal attention",
     ),
     (
         {"kv_cache_dtype": "fp8", "kv_cache_torch_dtype": torch.uint8},
-        "kv_cache_dtype: fp8 in layer .*, expected",
+        rf"kv_cache_dtype: fp8 in layer {NAME}, expected auto or bfloat16 for a model with 's2_attention'",
     ),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), MADE, ids=[",".join(changes) for changes, _ in MADE])
 def test_layer_unlike_the_plan(served: VllmConfig, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(S2ConfigError, match=message):
+    with pytest.raises(S2ConfigError, match=f"^{message}$"):
         refusals.check_made_layer(made_layer(**changes), PLAN, served)
+
+
+def test_layer_whose_cache_the_checkpoint_quantizes(served: VllmConfig) -> None:
+    config = with_kv_cache(served, COMPRESSED, torch.bfloat16, "auto")
+    layer = made_layer(kv_cache_dtype="fp8", kv_cache_torch_dtype=torch.uint8)
+    with pytest.raises(S2ConfigError, match=rf"^kv_cache_dtype: fp8 in layer {NAME}, expected bfloat16 for"):
+        refusals.check_made_layer(layer, PLAN, config)
 
 
 def test_heads_of_one_rank(served: VllmConfig) -> None:
@@ -480,9 +499,8 @@ def test_what_vllm_has_against_the_backend(
     served: VllmConfig, changes: dict[str, Any], option: tuple[str, Any] | None, reason: str
 ) -> None:
     config = served if option is None else changed(served, *option)
-    with pytest.raises(
-        S2ConfigError, match=rf"^s2_attention: layer {NAME}: {reason} by the attention backend"
-    ):
+    expected = "by the attention backend of sparse layers, expected a model and options that do without"
+    with pytest.raises(S2ConfigError, match=rf"^s2_attention: layer {NAME}: {reason} {expected}$"):
         refusals.check_made_layer(made_layer(**changes), PLAN, config)
 
 
@@ -504,8 +522,12 @@ def test_all_of_vllms_reasons_are_named(served: VllmConfig, monkeypatch: pytest.
         ),
     ],
 )
-def test_the_backend_is_asked_about_all_of_it(served: VllmConfig, path: str, value: Any, asked: str) -> None:
+def test_the_backend_is_asked_about_all_of_it(
+    served: VllmConfig, path: str, value: Any, asked: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also about what a backend may do by vLLM's default."""
+    capability = DeviceCapability(9, 0)
+    monkeypatch.setattr(current_platform, "get_device_capability", lambda: capability)
     questions = []
 
     class Backend(S2AttentionBackend):
@@ -519,4 +541,24 @@ def test_the_backend_is_asked_about_all_of_it(served: VllmConfig, path: str, val
     before, after = questions
     assert before == {**after, asked: False}
     assert after[asked] is True
-    assert after["block_size"] == served.cache_config.block_size
+    assert before == {
+        "head_size": 128,
+        "dtype": torch.bfloat16,
+        "kv_cache_dtype": "auto",
+        "block_size": served.cache_config.block_size,
+        "use_mla": False,
+        "has_sink": False,
+        "use_sparse": False,
+        "use_mm_prefix": False,
+        "use_per_head_quant_scales": False,
+        "device_capability": capability,
+        "attn_type": AttentionType.DECODER,
+        "has_sliding_window": False,
+        "use_non_causal": False,
+        "use_batch_invariant": False,
+        "use_kv_connector": False,
+        "use_pcp": False,
+        "use_adaptive_verification": False,
+        "use_dcp": False,
+        "use_rswa": False,
+    }
