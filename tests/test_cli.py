@@ -103,6 +103,11 @@ def test_plan_options_change_what_they_name(model: Path, capsys: pytest.CaptureF
     assert patched["stored_fraction_sparse_layer"] == pytest.approx(0.25, rel=0.04)
 
 
+def test_json_has_a_line_per_fact(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--json", str(model)]) == 0
+    assert capsys.readouterr().out.startswith('{\n  "max_model_len": 131072,\n  "tensor_parallel_size": 1,\n')
+
+
 def test_plan_prints_a_line_per_tier(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(model)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -364,6 +369,8 @@ def test_defaults_are_what_the_help_says(model: Path, capsys: pytest.CaptureFixt
         ("1.5GiB", 3 * 2**29),
         ("4TiB", 4 * 2**40),
         (" 40G ", 40 * 2**30),
+        # No float.
+        ("9007199254740993", 2**53 + 1),
     ],
 )
 @pytest.mark.parametrize(
@@ -637,7 +644,8 @@ def test_show_options(
     with torch.device("meta"):
         assert main(["show", str(few_heads), "--num-blocks", "5"]) == 0
     assert capsys.readouterr().out == "saved pattern.png\n"
-    assert (tmp_path / "pattern.png").read_bytes().startswith(b"\x89PNG")
+    Geometry(2, 4, 2).pattern.draw(tmp_path / "expected.png", 5)
+    assert (tmp_path / "pattern.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
     overrides = '{"s2_attention": {"local_blocks": 4, "vert_stride": 32}}'
     assert main(["show", str(few_heads), "--hf-overrides", overrides, "--output", "x.svg"]) == 0
     assert "stride 32" in (tmp_path / "x.svg").read_text()
