@@ -218,6 +218,9 @@ def test_other_names_where_no_class_maps_them(without: str, name: str, tmp_path:
     config = {key: value for key, value in LLAMA.items() if key != without}
     found = read(tmp_path, config | {"model_type": "nobody-knows-it", name: LLAMA[without]})
     assert found.geometry(2) == ModelGeometry(3, 4, 2, 24, 2)
+    # The common name goes first.
+    found = read(tmp_path, LLAMA | {"model_type": "nobody-knows-it", name: 7})
+    assert found.geometry(2) == ModelGeometry(3, 4, 2, 24, 2)
 
 
 def test_names_of_kv_heads_and_lengths_are_those_that_vllm_looks_for() -> None:
@@ -269,6 +272,7 @@ def test_which_of_several_lengths_counts() -> None:
         ({"rope_parameters": rope}, 4096),
         (original, 4096),
         ({"rope_parameters": rope} | original, 300),
+        ({"rope_parameters": {"type": "su"}} | original, 300),
     ]:
         assert unknown_type("", **keys).max_model_len(None) == length, keys
 
@@ -306,7 +310,12 @@ def test_lengths_of_gemma3_are_scaled_already() -> None:
         assert HFConfig(config, config).max_model_len(None) == length
 
 
-@pytest.mark.parametrize("rope", [None, {}, [], {"rope_type": "linear", "factor": None}], ids=str)
+def test_a_layer_whose_rope_has_no_factor_leaves_that_of_others() -> None:
+    ropes = {"full_attention": {"rope_type": "linear", "factor": 8.0}, "other": {"rope_type": "default"}}
+    assert unknown_type("", max_position_embeddings=100, rope_parameters=ropes).max_model_len(None) == 800
+
+
+@pytest.mark.parametrize("rope", [None, {}, [], "linear", {"rope_type": "linear", "factor": None}], ids=str)
 def test_a_rope_without_a_factor(rope: Any) -> None:
     config = SimpleNamespace(max_position_embeddings=100, rope_parameters=rope)
     assert HFConfig(config, config).max_model_len(None) == 100
@@ -423,6 +432,8 @@ def test_phi3_small(tmp_path: Path) -> None:
     pattern = found.pattern_config()
     assert pattern is not None
     assert (pattern.vert_stride, pattern.pattern_heads, pattern.dense_layers) == (8, "query", (1, 3))
+    if sys.modules["transformers"] is not None:
+        assert type(found.whole).__name__ == "Phi3SmallConfig"
 
 
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -478,6 +489,15 @@ def test_overrides_without_transformers(
         assert getattr(without.text, key, None) == getattr(with_classes.text, key, None)
 
 
+def test_overrides_of_a_part_within_a_part(tmp_path: Path) -> None:
+    CONFIG_MAPPING["qwen2_5_omni"]().save_pretrained(tmp_path)
+    plain = read_config(tmp_path, {}).whole.thinker_config.text_config
+    overrides = {"thinker_config": {"text_config": {"num_hidden_layers": 9}}}
+    text = read_config(tmp_path, overrides).whole.thinker_config.text_config
+    assert plain.num_hidden_layers != 9
+    assert text.to_dict() == plain.to_dict() | {"num_hidden_layers": 9}
+
+
 @both_readers
 def test_an_override_of_the_type_decides_how_the_file_is_read(tmp_path: Path) -> None:
     overrides = {"model_type": "qwen2", "sliding_window": 64}
@@ -504,6 +524,12 @@ def test_what_is_no_count(keys: dict[str, Any], message: str, tmp_path: Path) ->
     llava = {"model_type": "llava", "vision_config": {}}
     assert error(tmp_path, llava | {"text_config": LLAMA | keys}) == message
     assert error(tmp_path, llava | {"text_config": LLAMA}, {"text_config": keys}) == message
+
+
+@pytest.mark.parametrize("keys", [{"text_config": None}, {"vision_config": {"hidden_size": 0}}], ids=str)
+def test_what_is_no_count_where_no_text_is(keys: dict[str, Any], tmp_path: Path) -> None:
+    found = read(tmp_path, LLAMA | {"model_type": "nobody-knows-it"} | keys)
+    assert found.geometry(2) == ModelGeometry(3, 4, 2, 24, 2)
 
 
 @pytest.mark.parametrize("model_type", [None, ["llama"], {}, 3, "", "s2_", "s2_nobody"], ids=str)

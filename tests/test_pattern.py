@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,7 +12,12 @@ from hypothesis import strategies as st
 
 from benchmarks.geometries import GEOMETRIES
 from s2_kernels.config import S2Config
+from s2_kernels.draw import draw_pattern
 from s2_kernels.pattern import S2Pattern, first_returning_block
+from tests.contiguous import random_causal_mask
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 REFERENCE = {name: geometry.pattern for name, geometry in GEOMETRIES.items()}
 PATTERN = {"block_size": 16, "local_blocks": 2, "vert_stride": 4, "residues": (0, 3), "num_kv_heads": 2}
@@ -239,6 +244,29 @@ def test_first_returning_block_finds_a_planted_one() -> None:
     assert first_returning_block(mask) == (2, 5)
 
 
+@pytest.mark.parametrize("density", [0.3, 0.9, 1.0])
+@pytest.mark.parametrize("rows", [1, 3, 12, 100], ids="{}-rows-at-a-time".format)
+def test_first_returning_block_of_any_mask(
+    rows: int, density: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads, blocks = 3, 13
+    monkeypatch.setattr("s2_kernels.pattern._CHUNK", rows * heads * blocks)
+    mask = random_causal_mask(heads, blocks, density)
+    mask[0] = torch.ones(blocks, blocks).tril()
+    returning = [
+        (head, key)
+        for head in range(heads)
+        for key in range(blocks)
+        if any(mask[head, i + 1, key] and not mask[head, i, key] for i in range(key, blocks - 1))
+    ]
+    assert first_returning_block(mask) == (returning[0] if returning else None)
+
+
+def test_nothing_returns_where_there_is_nothing() -> None:
+    assert first_returning_block(torch.ones(0, 5, 5, dtype=torch.bool)) is None
+    assert first_returning_block(torch.ones(2, 0, 0, dtype=torch.bool)) is None
+
+
 def test_first_returning_block_ignores_what_is_not_causal() -> None:
     assert first_returning_block(torch.ones(2, 6, 6, dtype=torch.bool)) is None
     anticausal = torch.ones(2, 6, 6, dtype=torch.bool).triu(1) | torch.eye(6, dtype=torch.bool)
@@ -343,3 +371,10 @@ def test_other_text_is_no_handle(handle: str) -> None:
     with pytest.raises(ValueError, match=r"^handle: ") as caught:
         S2Pattern.from_handle(handle)
     assert str(caught.value) == f"handle: {handle!r}, expected that of a pattern, 's2:' and numbers"
+
+
+def test_draw(tmp_path: Path) -> None:
+    pattern = S2Pattern(**PATTERN)
+    pattern.draw(tmp_path / "pattern.png", 9)
+    draw_pattern(pattern, tmp_path / "expected.png", 9)
+    assert (tmp_path / "pattern.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
