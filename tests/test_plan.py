@@ -95,6 +95,7 @@ def test_groups_of_few_layers_are_vllms(sparse: int) -> None:
         pattern = S2Config(2, 4).pattern(num_heads=2, num_kv_heads=2)
         model = ModelGeometry(len(layers), num_heads=2, num_kv_heads=2, head_size=64, dtype_bytes=2)
         plan = CachePlan(model, pattern, layers[dense:], layers[:dense], 1, page_slots=64, layers_per_entry=1)
+        assert plan.tiers[0].num_entries == sparse
         groups = cache_groups(cache_specs(plan))
         assert Counter(map(tier_of, groups)) == {tier.name: plan.num_groups(tier) for tier in plan.tiers}
 
@@ -248,6 +249,8 @@ def test_few_groups_where_sparse_layers_are_few() -> None:
         pytest.param(50, 5, 12, 3, 12, Fraction(1, 5), 768, id="finer-hits-of-as-few-groups"),
         pytest.param(22, 3, 11, 5, 22, Fraction(0), 1408, id="finer-hits-where-padding-is-little"),
         pytest.param(25, 1, 3, 5, 15, Fraction(1, 5), 960, id="finest-hits-where-all-are-coarse"),
+        pytest.param(30, 11, 10, 3, 3, Fraction(1, 10), 1920, id="fewer-groups-where-padding-is-a-tenth"),
+        pytest.param(37, 1, 41, 5, 19, Fraction(1, 37), 49856, id="room-for-a-tenth-more-layers-at-most"),
     ],
 )
 def test_what_comes_first(
@@ -334,6 +337,7 @@ def test_a_block_size_that_can(times: int, dense: bool) -> None:
     assert plan.dense_block_size == 64 * times
     assert plan.page_slots % 64 == 0
     assert plan.page_slots * plan.layers_per_entry == 64 * times
+    assert dense or plan.layers_per_entry == 1
 
 
 @few
@@ -385,6 +389,7 @@ def test_bytes_of_a_request_that_decodes() -> None:
     plan = reference_plan("hhst-8b")
     page_bytes = 1024 * 8 * 2 * 128 * 2
     blocks = 17 + 131072 // 512 + 131072 // 1024
+    assert plan.blocks_per_request(131072) == blocks
     assert plan.bytes_per_request(131072) == blocks * 2 * page_bytes
 
 
