@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,6 +48,8 @@ def test_dense_heads_are_those_of_the_last_kv_heads() -> None:
         expected = torch.ones(BLOCKS, BLOCKS).tril() if head >= 4 else torch.zeros(BLOCKS, BLOCKS)
         assert torch.equal(mask[head], expected.bool())
     assert torch.equal(dense_heads(3, BLOCKS, 2).any(dim=2).any(dim=1), torch.tensor([False, True, True]))
+    assert torch.equal(dense_heads(3, BLOCKS, 1, num_kv_heads=1), torch.ones(3, BLOCKS, BLOCKS).tril().bool())
+    assert not dense_heads(4, BLOCKS, 0, num_kv_heads=2).any()
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -60,6 +63,13 @@ def test_range_strides(step: int | None, used: int, offset: int) -> None:
             for j in range(BLOCKS):
                 stride = 2 if i - j < 3 else 4 if i - j < 7 else 6
                 assert mask[head, i, j] == (j <= i and (j + head * used + offset) % stride == 0)
+
+
+@pytest.mark.parametrize(("heads", "stride", "step"), [(3, 7, 2), (8, 4, 1), (2, 4, 2)], ids=str)
+def test_default_step(heads: int, stride: int, step: int) -> None:
+    ranges = ((1, 1), (None, stride))
+    expected = range_strides(heads, BLOCKS, ranges, head_sliding_step=step)
+    assert torch.equal(range_strides(heads, BLOCKS, ranges), expected)
 
 
 def test_last_range_may_end() -> None:
@@ -80,8 +90,18 @@ def test_csr_lists_the_key_blocks_of_every_row_and_comes_back() -> None:
             assert row.tolist() == [j for j in range(BLOCKS) if dense[head, i, j]]
         assert (mask.col[head, mask.crow[head, -1] :] == -1).all()
     assert torch.equal(mask.to_dense(), dense)
+    assert torch.equal(mask.to_dense(BLOCKS), dense)
     assert torch.equal(mask.to_dense(5), dense[:, :5, :5])
     assert torch.equal(mask.select([2, 0, 2]).to_dense(), dense[[2, 0, 2]])
+
+
+def test_csr_counts_in_64_bits_where_there_are_too_many_block_pairs() -> None:
+    no_lists = torch.empty(0, dtype=torch.int32)
+    for pairs, dtype in ((2**31 - 1, torch.int32), (2**31, torch.int64)):
+        runs = torch.tensor([[[[0, 0], [0, pairs]]]])
+        crow = BlockMask(16, pairs, no_lists, runs, (0,), is_causal=False, first_row=0).crow
+        assert crow.dtype == dtype
+        assert crow.tolist() == [[0, pairs]]
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(4, BLOCKS), (BLOCKS, BLOCKS), (1, 1)], ids=str)
@@ -96,6 +116,12 @@ def test_a_causal_mask_may_know_the_last_rows_only(rows: int, columns: int) -> N
     assert not mask.dense_rows(0, columns - rows).any()
     assert mask.crow.shape == (2, rows + 1)
     assert torch.equal(mask.select([1]).to_dense(), dense[1:])
+
+
+def test_a_causal_mask_may_know_no_row() -> None:
+    mask = BlockMask.from_dense(torch.zeros(2, 0, 3, dtype=torch.bool), 16)
+    assert (mask.num_query_blocks, mask.first_row) == (3, 3)
+    assert mask.to_dense().shape == (2, 0, 3)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(4, BLOCKS), (BLOCKS, 4), (0, 3)], ids=str)
@@ -119,6 +145,7 @@ def test_heads_of_several_masks() -> None:
     expected = torch.cat([s2.to_dense(), window.to_dense(), s2.to_dense()])
     assert torch.equal(both.to_dense(), expected)
     assert torch.equal(both.select([8, 4, 0]).to_dense(), expected[[8, 4, 0]])
+    assert torch.equal(BlockMask.of_heads([s2]).to_dense(), s2.to_dense())
     for other in (
         BlockMask.from_pattern(pattern, BLOCKS + 1),
         BlockMask.from_dense(local_window(BLOCKS, 3), 32),
@@ -166,6 +193,7 @@ def test_pattern_mask_is_made_once_for_lengths_that_differ_little() -> None:
     assert masks[0].max_tokens == 256
     assert pattern_block_mask(pattern, 257).max_tokens == 512
     assert pattern_block_mask(pattern, 0).max_tokens == 16
+    assert pattern_block_mask(replace(pattern, block_size=1), 1).max_tokens == 1
 
 
 def peak_mebibytes(program: str) -> float:
@@ -210,7 +238,7 @@ def test_a_long_mask_is_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     """What is found in parts of three rows is what is found at once."""
     monkeypatch.setattr("s2_kernels.masks._CHUNK", 3 * BLOCKS)
     dense = random_causal_mask(2, BLOCKS, 0.4)
-    dense[0] = local_window(BLOCKS, 3)[0]
+    dense[0] = torch.ones(BLOCKS, BLOCKS).tril()
     first = returning_blocks(dense[1], 0)[0]
     with pytest.warns(UserWarning, match=f"key block {first} leaves the set of head 1 and returns"):
         mask = BlockMask.from_dense(dense, 16)
@@ -256,6 +284,7 @@ def test_csr_form_makes_the_same_mask() -> None:
         (random_causal_mask(3, BLOCKS, 0.4), True),
         (random_causal_mask(3, BLOCKS, 0.4)[:, 9:], True),
         (torch.rand(2, 4, 7, generator=torch.Generator().manual_seed(0)) < 0.5, False),
+        (torch.zeros(2, 0, 7, dtype=torch.bool), False),
     ):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -273,7 +302,10 @@ def test_wrong_csr_forms_are_named() -> None:
 
     with pytest.raises(ValueError, match=r"^crow: shape \(1, 3\), expected .* for col's shape \(2, 1\)"):
         make([[0, 1, 1]], [[0], [0]])
-    for crow in ([[1, 1]], [[0, 2]], [[0, 1, 0]]):
+    for crow, col in (([0], [[0]]), ([[0, 1]], [0]), ([[]], [[0]])):
+        with pytest.raises(ValueError, match=r"^crow: shape .*, expected \[heads, query blocks \+ 1\] for"):
+            BlockMask.from_csr(torch.tensor(crow), torch.tensor(col), 16)
+    for crow in ([[1, 1]], [[0, 2]], [[0, 1, 0]], [[0, 1, 2]]):
         with pytest.raises(ValueError, match=r"^crow: \[\[.*, expected ascending values from 0 to 1"):
             make(crow, [[0]])
     wrong = r"^col: {} for query block 1 of head 1, expected ascending values in \[0, 2\)"
@@ -312,8 +344,10 @@ def test_wrong_arguments_are_named() -> None:
         BlockMask.from_dense(mask, 24)
     with pytest.raises(ValueError, match=r"^mask: torch.float32"):
         BlockMask.from_dense(mask.float(), 16)
-    with pytest.raises(ValueError, match=r"^mask: torch.bool \(1, 4, 3\), .* at least as many key blocks"):
+    expected = r"expected torch.bool \[heads, query blocks, at least as many key blocks\]"
+    with pytest.raises(ValueError, match=rf"^mask: torch.bool \(1, 4, 3\), {expected}$"):
         BlockMask.from_dense(mask[..., :3], 16)
+    assert BlockMask.from_dense(mask, 1).max_tokens == 4
     with pytest.raises(
         ValueError, match=r"^mask: torch.bool \(4, 3\), .* \[heads, query blocks, key blocks\]$"
     ):
@@ -326,7 +360,7 @@ def test_wrong_arguments_are_named() -> None:
         dense_heads(4, 4, 1, num_kv_heads=3)
     with pytest.raises(ValueError, match=r"^num_dense: 3"):
         dense_heads(4, 4, 3, num_kv_heads=2)
-    for ranges in ((), ((0, 2),), ((4, 0),), ((None, 2), (2, 4))):
+    for ranges in ((), ((0, 2),), ((4, 0),), ((None, 2), (2, 4)), ((4, 2), (None, 2), (2, 4))):
         with pytest.raises(ValueError, match=r"^ranges: "):
             range_strides(2, 4, ranges)
     with pytest.raises(ValueError, match=r"^num_heads: 0"):
@@ -341,6 +375,11 @@ def test_masks_are_on_the_cpu_whatever_the_default_device_is() -> None:
         dense = pattern.block_mask(8) | sink_blocks(8, 1) | dense_heads(2, 8, 1) | local_window(8, 2)
         dense |= range_strides(2, 8, ((2, 2), (None, 4)))
         mask, whole = BlockMask.from_dense(dense, 16), pattern_block_mask(pattern, 200)
+        again = mask.to_dense()
+    assert torch.equal(again, dense)
+    crow, col = mask.crow, mask.col
+    with torch.device("meta"):
+        mask = BlockMask.from_csr(crow, col, 16)
     assert torch.equal(mask.to_dense(), dense)
     assert whole.col.device.type == "cpu"
 
