@@ -84,7 +84,7 @@ def _file(module: str) -> Path:
 def _listed(text: str) -> set[str]:
     """The mutants in the fenced parts of a Markdown text, each as it is printed, with blank lines between."""
     blocks = "\n\n".join(text.split("```")[1::2]).split("\n\n")
-    return {block.removeprefix("diff\n").strip() for block in blocks} - {""}
+    return {block.strip().removeprefix("diff\n") for block in blocks} - {""}
 
 
 if __name__ == "__main__":
