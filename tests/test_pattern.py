@@ -262,6 +262,17 @@ def test_first_returning_block_of_any_mask(
     assert first_returning_block(mask) == (returning[0] if returning else None)
 
 
+@pytest.mark.parametrize("rows", [1, 3, 100], ids="{}-rows-at-a-time".format)
+def test_first_returning_block_finds_the_only_one(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = 9
+    monkeypatch.setattr("s2_kernels.pattern._CHUNK", rows * blocks)
+    for key in range(blocks):
+        for query in range(key, blocks - 1):
+            mask = torch.ones(1, blocks, blocks, dtype=torch.bool).tril()
+            mask[0, query, key] = False
+            assert first_returning_block(mask) == (0, key)
+
+
 def test_nothing_returns_where_there_is_nothing() -> None:
     assert first_returning_block(torch.ones(0, 5, 5, dtype=torch.bool)) is None
     assert first_returning_block(torch.ones(2, 0, 0, dtype=torch.bool)) is None
