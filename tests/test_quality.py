@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks import plot
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import arms, evaluate, figures, texts, train, vocabulary
 from benchmarks.quality.batches import ANSWER_WEIGHT, CURRICULUM, Batches
@@ -276,8 +277,10 @@ def test_train_evaluate_and_plot(
     # Hardly trained: all tokens are about as likely.
     assert abs(loss["loss"] - np.log(tokens.VOCAB_SIZE)) < 0.3
     assert sum(r["samples"] for r in records if r["task"] == "passkey") == 10
-    assert set(figures.figures(records)) == {"passkey", "loss"}
-    assert f"| s2 | {loss['parameters'] / 1e6:.1f} M |" in figures.table(records)
+    capsys.readouterr()
+    assert plot.main([str(output), "--output", str(tmp_path)]) == 0
+    assert f"| s2 | {loss['parameters'] / 1e6:.1f} M |" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.glob("*.svg")} == {"quality-passkey.svg", "quality-loss.svg"}
 
 
 @pytest.mark.parametrize(
