@@ -25,7 +25,10 @@ from tests.test_backward import TOLERANCES, block_mask
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 16
 PATTERN = S2Pattern.build(HEADS, KV_HEADS, block_size=16, local_blocks=1, vert_stride=3)
 IMPLS: list[Impl] = ["triton", "torch", "reference"]
-ALONG = {"s2": PATTERN, "mask": block_mask(random_causal_mask(KV_HEADS, 5, 0.5), 16)}
+KINDS = S2Pattern.build(
+    HEADS, KV_HEADS, block_size=16, local_blocks=1, vert_stride=None, sink_blocks=1, full_heads=[1]
+)
+ALONG = {"s2": PATTERN, "kinds": KINDS, "mask": block_mask(random_causal_mask(KV_HEADS, 5, 0.5), 16)}
 
 
 def random_inputs(

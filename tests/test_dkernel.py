@@ -262,8 +262,15 @@ def test_a_pattern_without_dense_heads_is_handed_over_as_such(
     assert handed_over == [attn.pattern, attn.mask, attn.pattern if as_it_is else attn.mask]
 
 
+@pytest.mark.parametrize("num_dense", [1, 2])
+def test_dense_heads_are_full_heads(num_dense: int) -> None:
+    attn = local_stride(num_dense_heads=num_dense)
+    assert attn.pattern is not None
+    assert attn.pattern.full_heads == ((1,) if num_dense == 1 else (0, 1))
+    assert torch.equal(attn.pattern.block_mask(attn.mask.num_blocks), attn.mask.to_dense())
+
+
 def test_other_patterns_stay_masks() -> None:
-    assert local_stride(num_dense_heads=1).pattern is None
     assert local_stride(active_head_range=(1, 4)).pattern is None
     assert local_stride(active_head_range=(0, 3)).pattern is None
 

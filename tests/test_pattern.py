@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from benchmarks.geometries import GEOMETRIES
 from s2_kernels.config import S2Config
 from s2_kernels.draw import draw_pattern
+from s2_kernels.layout import TierLayout
+from s2_kernels.masks import BlockMask
 from s2_kernels.pattern import S2Pattern, first_returning_block
 from tests.contiguous import random_causal_mask
 
@@ -154,6 +156,98 @@ def test_phi3_small_residues() -> None:
     assert pattern.residues == tuple(-(h + 1) % 8 for h in range(32))
     assert pattern.num_kept == 4
     assert pattern.kept_residues == ((4, 5, 6, 7), (0, 1, 2, 3)) * 4
+
+
+@st.composite
+def kinds_of_heads(draw: st.DrawFn) -> dict[str, Any]:
+    """`build_arguments` with sinks, and full heads beside strided or streaming ones."""
+    arguments = draw(build_arguments())
+    if draw(st.booleans()):
+        arguments["vert_stride"], arguments["pattern_heads"] = None, "kv"
+    heads = st.lists(st.integers(0, arguments["num_kv_heads"] - 1), unique=True)
+    return arguments | {"sink_blocks": draw(st.integers(0, 3)), "full_heads": draw(heads)}
+
+
+def attends_by_kind(arguments: dict[str, Any], head: int, i: int, j: int) -> bool:
+    """The definition again, with the kinds."""
+    is_full = head * arguments["num_kv_heads"] // arguments["num_heads"] in arguments["full_heads"]
+    if j <= i and (is_full or j < arguments["sink_blocks"]):
+        return True
+    if arguments["vert_stride"] is None:
+        return 0 <= i - j < arguments["local_blocks"]
+    return defined_to_attend(arguments, head, i, j)
+
+
+@given(kinds_of_heads())
+def test_kinds_follow_the_definition(arguments: dict[str, Any]) -> None:
+    pattern = S2Pattern.build(**arguments)
+    blocks = range(17)
+    expected = torch.tensor(
+        [
+            [[attends_by_kind(arguments, h, i, j) for j in blocks] for i in blocks]
+            for h in range(pattern.num_heads)
+        ]
+    )
+    assert torch.equal(pattern.block_mask(17), expected)
+    found = [[[pattern.attends(h, i, j) for j in blocks] for i in blocks] for h in range(pattern.num_heads)]
+    assert torch.equal(torch.tensor(found), expected)
+    assert first_returning_block(expected) is None
+    assert torch.equal(BlockMask.from_pattern(pattern, 17).to_dense(), expected)
+    assert S2Pattern.from_handle(pattern.handle) == pattern
+    plain = not arguments["sink_blocks"] and not arguments["full_heads"] and arguments["vert_stride"]
+    assert (pattern.kinds is None) == bool(plain)
+
+
+@given(kinds_of_heads(), st.integers(1, 16), st.integers(0, 15))
+def test_what_kinds_store_and_attend_to(arguments: dict[str, Any], blocks: int, rest: int) -> None:
+    """What a later query needs: window and sinks of all heads, a set of its own of each KV head."""
+    pattern = S2Pattern.build(**arguments | {"block_size": 16})
+    length = 16 * blocks + rest
+    window, strided = pattern.stored_tokens(length)
+    oldest = length // 16 - pattern.local_blocks + 1
+    tokens = range(length)
+    assert window == sum(t // 16 >= oldest or t // 16 < pattern.sink_blocks for t in tokens)
+    kept = pattern.kept_residues
+    assert strided * pattern.num_kv_heads == sum(
+        t // 16 % pattern.vert_stride in of_head for of_head in kept for t in tokens
+    )
+    attended = pattern.block_mask(blocks).sum() - blocks * pattern.num_heads / 2
+    fraction = pattern.attended_fraction(16 * blocks)
+    assert fraction == pytest.approx(float(attended) / (pattern.num_heads * blocks**2 / 2))
+
+
+@given(kinds_of_heads(), st.sampled_from([1, 2, 3, 4, 6]))
+def test_shards_keep_their_kinds(arguments: dict[str, Any], size: int) -> None:
+    pattern = S2Pattern.build(**arguments)
+    assume(pattern.num_heads % size == 0)
+    assume(pattern.num_kv_heads % size == 0 or size % pattern.num_kv_heads == 0)
+    shards = [pattern.shard(rank, size).block_mask(12) for rank in range(size)]
+    assert torch.equal(torch.cat(shards), pattern.block_mask(12))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sink_blocks": -1}, "sink_blocks: -1, expected a number of at least 0"),
+        ({"full_heads": (2,)}, r"full_heads: \(2,\), expected KV heads from 0 to 1"),
+        ({"full_heads": (0, 0)}, r"full_heads: \(0, 0\), expected every head once, in ascending order"),
+        ({"full_heads": (0,)}, r"residues: some of the full heads \[0\], expected -1 for them"),
+        ({"residues": (-1, -1)}, "vert_stride: 4, expected 1 where no head has a strided set"),
+    ],
+    ids=["sinks", "range", "twice", "strided", "stride"],
+)
+def test_errors_of_kinds(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        S2Pattern(**PATTERN | arguments)
+
+
+@pytest.mark.parametrize(
+    "kind", [{"sink_blocks": 1}, {"full_heads": (0,), "residues": (-1, 3)}, {"residues": (-1, 3)}]
+)
+def test_pages_are_of_strided_sets_alone(kind: dict[str, Any]) -> None:
+    pattern = S2Pattern(**PATTERN | kind)
+    with pytest.raises(ValueError, match=r"^pattern: .*, expected a strided set of every head and no more"):
+        TierLayout(pattern, 64)
 
 
 @pytest.mark.parametrize("name", REFERENCE)
@@ -302,7 +396,7 @@ def test_first_returning_block_refuses_other_shapes() -> None:
         ("residues", (), r"residues: 0 query heads, expected a positive multiple of num_kv_heads \(2\)"),
         ("residues", (0, 1, 2), "residues: 3 query heads, expected a positive multiple"),
         ("residues", (0, 4), r"residues: \(0, 4\), expected values in \[0, 4\)"),
-        ("residues", (-1, 0), r"residues: \(-1, 0\), expected values in \[0, 4\)"),
+        ("residues", (-2, 0), r"residues: \(-2, 0\), expected values in \[0, 4\)"),
         ("residues", (0, 0, 1, 2), r"residues: KV heads keep \[1, 2\] residues, expected the same number"),
     ],
 )
@@ -375,7 +469,16 @@ def test_a_handle_gives_the_pattern_again(arguments: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "handle", ["", "s2:", "s2:16,2,4,2", "s2:16,2,4,2,-1", "16,2,4,2,0,3", "S2:16,2,4,2,0,3"]
+    "handle",
+    [
+        "",
+        "s2:",
+        "s2:16,2,4,2",
+        "s2:16,2,4,2,0,3/1",
+        "s2:16,2,4,2,0,3//0",
+        "16,2,4,2,0,3",
+        "S2:16,2,4,2,0,3",
+    ],
 )
 def test_other_text_is_no_handle(handle: str) -> None:
     assert S2Pattern(**PATTERN).handle == "s2:16,2,4,2,0,3"

@@ -24,7 +24,7 @@ from s2_kernels.contiguous.partitions import combine_attn_partitions
 from s2_kernels.contiguous.sequences import longest
 from s2_kernels.dkernel_masks import get_sparse_attn_mask
 from s2_kernels.masks import BlockMask
-from s2_kernels.pattern import S2Pattern
+from s2_kernels.pattern import NO_RESIDUE, S2Pattern
 
 __all__ = [
     "LocalStrideSparseAttention",
@@ -301,7 +301,7 @@ def _local_stride(
     head_range: tuple[int, ...] | None,
 ) -> tuple[BlockMask, S2Pattern | None]:
     """One mask for all heads with `homo_head`, else one for each query head in `head_range`; and the heads'
-    S2 pattern, unless some are dense or the range cuts the query heads of a KV head apart.
+    S2 pattern, unless the range cuts the query heads of a KV head apart.
     """
     first, end = _check_head_range(num_heads, num_kv_heads, head_range)
     distinct = 1 if homo_head else num_kv_heads
@@ -315,17 +315,17 @@ def _local_stride(
         vert_stride=vert_stride,
         head_sliding_step=max(1, vert_stride // num_heads),
         head_sliding_offset=head_sliding_offset,
+        full_heads=range(distinct - num_dense_heads, distinct),
     )
-    everything = S2Pattern(block_size, num_blocks, 1, (0,), 1)
-    masks = BlockMask.of_heads([BlockMask.from_pattern(p, num_blocks) for p in (of_kv_heads, everything)])
-    num_sparse = distinct - num_dense_heads
     rows = [head * distinct // num_heads for head in range(first, end)]
-    mask = masks.select([row if row < num_sparse else distinct for row in ([0] if homo_head else rows)])
+    mask = BlockMask.from_pattern(of_kv_heads, num_blocks).select([0] if homo_head else rows)
     group = num_heads // num_kv_heads
-    pattern = None
-    if not num_dense_heads and first % group == end % group == 0:
-        residues = tuple(of_kv_heads.residues[row] for row in rows)
-        pattern = S2Pattern(block_size, local_blocks, vert_stride, residues, len(rows) // group)
+    if first % group or end % group:
+        return mask, None
+    residues = tuple(of_kv_heads.residues[row] for row in rows)
+    stride = of_kv_heads.vert_stride if set(residues) != {NO_RESIDUE} else 1
+    full_heads = tuple(n for n, row in enumerate(rows[::group]) if row in of_kv_heads.full_heads)
+    pattern = S2Pattern(block_size, local_blocks, stride, residues, len(rows) // group, full_heads=full_heads)
     return mask, pattern
 
 

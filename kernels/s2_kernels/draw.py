@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 WINDOW_COLOR = "#2f6db3"
 STRIDED_COLOR = "#f2a03d"
+SINK_COLOR = "#3a9d5d"
 DROPPED_COLOR = "#e9ecf0"
 FUTURE_COLOR = "#ffffff"
 
@@ -36,13 +37,17 @@ class Drawable(Protocol):
     def num_kv_heads(self) -> int: ...
     @property
     def residues(self) -> tuple[int, ...]: ...
+    @property
+    def sink_blocks(self) -> int: ...
+    @property
+    def full_heads(self) -> tuple[int, ...]: ...
     def block_mask(self, num_blocks: int) -> torch.Tensor: ...
 
 
 def draw_pattern(pattern: Drawable, path: str | Path, num_blocks: int | None = None) -> None:
     """Save one panel per head as an image. Needs matplotlib.
 
-    A block is coloured by the tier that a query reads it from: the local window, or the strided set.
+    A block is coloured by what a query has it from: the local window, the sinks, or the strided set.
 
     Args:
         pattern: the pattern to draw.
@@ -71,7 +76,7 @@ def draw_pattern(pattern: Drawable, path: str | Path, num_blocks: int | None = N
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     panels = grid.flatten()
     for head, cells in enumerate(cell_colors(pattern, num_blocks)):
-        _draw_head(panels[head], cells, f"head {head} \u00b7 residue {pattern.residues[head]}")
+        _draw_head(panels[head], cells, f"head {head} \u00b7 {_kind(pattern, head)}")
     for unused in panels[pattern.num_heads :]:
         unused.set_axis_off()
     for column, panel in enumerate(grid[-1]):
@@ -88,8 +93,10 @@ def draw_pattern(pattern: Drawable, path: str | Path, num_blocks: int | None = N
         fontsize=10,
     )
     tiers = {"local window": WINDOW_COLOR, "strided": STRIDED_COLOR, "not attended": DROPPED_COLOR}
+    if pattern.sink_blocks:
+        tiers["sinks"] = SINK_COLOR
     handles = [Patch(facecolor=color, label=label) for label, color in tiers.items()]
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -99,9 +106,16 @@ def cell_colors(pattern: Drawable, num_blocks: int) -> torch.Tensor:
     key = torch.arange(num_blocks, device="cpu")[None, :]
     cells = _rgb(DROPPED_COLOR).expand(pattern.num_heads, num_blocks, num_blocks, 3).clone()
     cells[pattern.block_mask(num_blocks)] = _rgb(STRIDED_COLOR)
+    cells[:, (key < pattern.sink_blocks).expand_as(query - key)] = _rgb(SINK_COLOR)
     cells[:, query - key < pattern.local_blocks] = _rgb(WINDOW_COLOR)
     cells[:, key > query] = _rgb(FUTURE_COLOR)
     return cells
+
+
+def _kind(pattern: Drawable, head: int) -> str:
+    if head * pattern.num_kv_heads // pattern.num_heads in pattern.full_heads:
+        return "full"
+    return "streaming" if pattern.residues[head] < 0 else f"residue {pattern.residues[head]}"
 
 
 def _draw_head(axes: Axes, cells: torch.Tensor, title: str) -> None:

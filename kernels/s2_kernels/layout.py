@@ -32,13 +32,17 @@ class TierLayout:
         page_slots: slots per KV head and page (P), a multiple of num_kept * block_size.
 
     Raises:
-        ValueError: a page does not hold whole super-blocks.
+        ValueError: a page does not hold whole super-blocks, or heads are of different kinds.
     """
 
     pattern: S2Pattern
     page_slots: int
 
     def __post_init__(self) -> None:
+        if self.pattern.kinds is not None:
+            raise ValueError(
+                f"pattern: {self.pattern.kinds}, expected a strided set of every head and no more"
+            )
         unit = self.pattern.num_kept * self.pattern.block_size
         if self.page_slots < 1 or self.page_slots % unit:
             raise ValueError(

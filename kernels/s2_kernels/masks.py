@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from s2_kernels.pattern import S2Pattern
+from s2_kernels.pattern import NO_RESIDUE, S2Pattern
 
 _CHUNK = 1 << 20
 """Block pairs that are looked at together: bounds the memory of intermediate results."""
@@ -164,21 +164,28 @@ class BlockMask:
     @classmethod
     def from_pattern(cls, pattern: S2Pattern, num_blocks: int) -> BlockMask:
         """The S2 pattern of `num_blocks` blocks, one mask per query head."""
-        distinct = sorted(set(pattern.residues))
         query = _range(num_blocks)
+        # The blocks that each kind of head keeps however old they are: (first, step), after the sinks.
+        sets = [
+            (0, 1) if head // pattern.group_size in pattern.full_heads else (residue, pattern.vert_stride)
+            for head, residue in enumerate(pattern.residues)
+        ]
+        distinct = sorted(set(sets))
         window_starts = (query - pattern.local_blocks + 1).clamp(min=0)
         runs = torch.empty(len(distinct), num_blocks, 2, 2, dtype=torch.int64, device="cpu")
         runs[:, :, 1] = torch.stack([window_starts, query + 1], dim=-1)
         lists = [query]
         first_entry = num_blocks
-        for of_residue, residue in zip(runs[:, :, 0], distinct, strict=True):
-            lists.append(query[residue :: pattern.vert_stride])
+        for of_set, (first, step) in zip(runs[:, :, 0], distinct, strict=True):
+            is_kept = query < pattern.sink_blocks
+            if first != NO_RESIDUE:
+                is_kept |= query % step == first
+            lists.append(query[is_kept])
+            of_set[:, 0] = first_entry
             # How many of them are older than the window.
-            older = -((residue - window_starts) // pattern.vert_stride)
-            of_residue[:, 0] = first_entry
-            of_residue[:, 1] = first_entry + older.clamp(min=0)
+            of_set[:, 1] = first_entry + torch.searchsorted(lists[-1], window_starts)
             first_entry += len(lists[-1])
-        mask_of_head = tuple(distinct.index(residue) for residue in pattern.residues)
+        mask_of_head = tuple(map(distinct.index, sets))
         return cls(pattern.block_size, num_blocks, torch.cat(lists).int(), runs, mask_of_head, True, 0)
 
     @classmethod

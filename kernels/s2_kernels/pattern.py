@@ -4,21 +4,27 @@ A pattern is a statement about blocks of `block_size` tokens. Query block i of h
 block j <= i when
 
     i - j < local_blocks                    the local window, the same for every head, or
+    j < sink_blocks                         the sinks, likewise, or
     j mod vert_stride == residues[h]        the strided set, a shard of its own for each head.
 
-The strided set is defined on absolute block numbers, so a block that a head has dropped never comes
-back to it: what leaves the window and is in no head's strided set can be freed for good.
+A full head attends to every block. A streaming head has no strided set: the window and the sinks are all
+that it has (DuoAttention, arXiv 2410.10819, section 2).
+
+Sinks and strided sets are defined on absolute block numbers, so a block that a head has dropped never comes
+back to it: what leaves the window and is in no head's set can be freed for good.
 
 This module is the only place that knows this. It needs torch for `block_mask` alone.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     import torch
@@ -28,7 +34,12 @@ PatternHeads = Literal["kv", "query"]
 MAX_VERT_STRIDE = 2**16
 """A super-block counts its tokens in 32 bits, and each head has a table of the stride's length."""
 
+NO_RESIDUE = -1
+"""Of a query head without a strided set."""
+
 _HANDLE = "s2:"
+_NUMBERS = r"-?\d+(?:,-?\d+)*"
+_HANDLE_FORM = re.compile(rf"{_HANDLE}({_NUMBERS})(?:/(\d+)/({_NUMBERS})?)?")
 
 _CHUNK = 1 << 20
 """Block pairs that are looked at together: bounds the memory of intermediate results."""
@@ -42,12 +53,15 @@ class S2Pattern:
         block_size: tokens per block, a power of two; the unit of sparsity.
         local_blocks: blocks of the local window, the query's own block included.
         vert_stride: distance, in blocks, between the strided blocks of a head.
-        residues: for each query head, the residue modulo `vert_stride` of its strided blocks.
+        residues: for each query head, the residue modulo `vert_stride` of its strided blocks; NO_RESIDUE for
+            streaming and full heads.
         num_kv_heads: KV heads; query head h reads KV head h // (num_heads // num_kv_heads).
+        sink_blocks: the first blocks, which every head attends to.
+        full_heads: KV heads whose query heads attend to everything, ascending.
         handle: the pattern as text, for operators that take no Python objects; see `from_handle`.
 
     Raises:
-        ValueError: a value is out of range, or KV heads keep different numbers of residues.
+        ValueError: a value is out of range, or KV heads with strided sets keep different numbers of residues.
     """
 
     block_size: int
@@ -55,6 +69,8 @@ class S2Pattern:
     vert_stride: int
     residues: tuple[int, ...]
     num_kv_heads: int
+    sink_blocks: int = 0
+    full_heads: tuple[int, ...] = ()
     handle: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -69,16 +85,42 @@ class S2Pattern:
                 f"residues: {len(self.residues)} query heads, expected a positive multiple of "
                 f"num_kv_heads ({self.num_kv_heads})"
             )
-        if not all(0 <= r < self.vert_stride for r in self.residues):
+        if not all(r == NO_RESIDUE or 0 <= r < self.vert_stride for r in self.residues):
             raise ValueError(f"residues: {self.residues}, expected values in [0, {self.vert_stride})")
-        if len({len(kept) for kept in self.kept_residues}) != 1:
+        if self.sink_blocks < 0:
+            raise ValueError(f"sink_blocks: {self.sink_blocks}, expected a number of at least 0")
+        self._check_full_heads()
+        if self.vert_stride != 1 and not any(self._num_strided):
+            raise ValueError(f"vert_stride: {self.vert_stride}, expected 1 where no head has a strided set")
+        if len(set(self._num_strided) - {0}) > 1:
             raise ValueError(
-                f"residues: KV heads keep {[len(k) for k in self.kept_residues]} residues, "
+                f"residues: KV heads keep {self._num_strided} residues, "
                 "expected the same number for every KV head"
             )
         numbers = (self.block_size, self.local_blocks, self.vert_stride, self.num_kv_heads, *self.residues)
+        handle = _HANDLE + ",".join(map(str, numbers))
+        if self.sink_blocks or self.full_heads:
+            handle += f"/{self.sink_blocks}/{','.join(map(str, self.full_heads))}"
         # An attribute, because torch.compile does not trace what makes one when it is asked for.
-        object.__setattr__(self, "handle", _HANDLE + ",".join(map(str, numbers)))
+        object.__setattr__(self, "handle", handle)
+
+    def _check_full_heads(self) -> None:
+        if not all(0 <= head < self.num_kv_heads for head in self.full_heads):
+            raise ValueError(
+                f"full_heads: {self.full_heads}, expected KV heads from 0 to {self.num_kv_heads - 1}"
+            )
+        if list(self.full_heads) != sorted(set(self.full_heads)):
+            raise ValueError(f"full_heads: {self.full_heads}, expected every head once, in ascending order")
+        strided = [h for h in self.full_heads if self._num_strided[h]]
+        if strided:
+            raise ValueError(f"residues: some of the full heads {strided}, expected {NO_RESIDUE} for them")
+
+    @cached_property
+    def _num_strided(self) -> list[int]:
+        """For each KV head, how many residues its strided set has."""
+        g = self.group_size
+        of_heads = (self.residues[h * g : (h + 1) * g] for h in range(self.num_kv_heads))
+        return [len(set(residues) - {NO_RESIDUE}) for residues in of_heads]
 
     @classmethod
     def from_handle(cls, handle: str) -> S2Pattern:
@@ -87,11 +129,14 @@ class S2Pattern:
         Raises:
             ValueError: it is of no pattern.
         """
-        numbers = handle.removeprefix(_HANDLE).split(",")
-        if not handle.startswith(_HANDLE) or len(numbers) < 5 or not all(map(str.isdecimal, numbers)):
+        found = _HANDLE_FORM.fullmatch(handle)
+        numbers = [] if found is None else [int(number) for number in found[1].split(",")]
+        if found is None or len(numbers) < 5:
             raise ValueError(f"handle: {handle!r}, expected that of a pattern, {_HANDLE!r} and numbers")
-        block_size, local_blocks, vert_stride, num_kv_heads, *residues = map(int, numbers)
-        return cls(block_size, local_blocks, vert_stride, tuple(residues), num_kv_heads)
+        block_size, local_blocks, vert_stride, num_kv_heads, *residues = numbers
+        full_heads = tuple(map(int, found[3].split(","))) if found[3] else ()
+        sinks = int(found[2] or 0)
+        return cls(block_size, local_blocks, vert_stride, tuple(residues), num_kv_heads, sinks, full_heads)
 
     @classmethod
     def build(
@@ -101,11 +146,13 @@ class S2Pattern:
         *,
         block_size: int = 64,
         local_blocks: int = 16,
-        vert_stride: int = 8,
+        vert_stride: int | None = 8,
         homo_head: bool = False,
         head_sliding_step: int | None = None,
         head_sliding_offset: int = 0,
         pattern_heads: PatternHeads = "kv",
+        sink_blocks: int = 0,
+        full_heads: Sequence[int] = (),
     ) -> S2Pattern:
         """The pattern that DKernel's parameters describe.
 
@@ -114,9 +161,14 @@ class S2Pattern:
         `head_sliding_step`, by default max(1, vert_stride // num_heads), and 0 when `homo_head` gives all
         heads one pattern. The default counts query heads whatever h counts, as DKernel's does: another
         would give a model trained with DKernel a mask that it was not trained with.
+
+        The query heads of the KV heads in `full_heads` attend to everything. With `vert_stride` None the
+        others have no strided set.
         """
         _check_positive("num_heads", num_heads)
         _check_positive("num_kv_heads", num_kv_heads)
+        has_strided_set = vert_stride is not None
+        vert_stride = 1 if vert_stride is None else vert_stride
         _check_positive("vert_stride", vert_stride)
         if pattern_heads not in ("kv", "query"):
             raise ValueError(f"pattern_heads: {pattern_heads!r}, expected 'kv' or 'query'")
@@ -135,9 +187,14 @@ class S2Pattern:
             step = 0
         residues = tuple(
             -((h if pattern_heads == "query" else h // group) * step + head_sliding_offset) % vert_stride
+            if has_strided_set and h // group not in full_heads
+            else NO_RESIDUE
             for h in range(num_heads)
         )
-        return cls(block_size, local_blocks, vert_stride, residues, num_kv_heads)
+        if all(residue == NO_RESIDUE for residue in residues):
+            vert_stride = 1
+        full = tuple(sorted(full_heads))
+        return cls(block_size, local_blocks, vert_stride, residues, num_kv_heads, sink_blocks, full)
 
     @property
     def num_heads(self) -> int:
@@ -153,17 +210,33 @@ class S2Pattern:
     def kept_residues(self) -> tuple[tuple[int, ...], ...]:
         """For each KV head, the sorted residues of its query heads: what its strided tier stores."""
         g = self.group_size
-        return tuple(tuple(sorted(set(self.residues[h * g : (h + 1) * g]))) for h in range(self.num_kv_heads))
+        of_heads = (self.residues[h * g : (h + 1) * g] for h in range(self.num_kv_heads))
+        return tuple(
+            tuple(range(self.vert_stride) if h in self.full_heads else sorted(set(residues) - {NO_RESIDUE}))
+            for h, residues in enumerate(of_heads)
+        )
+
+    @property
+    def kinds(self) -> str | None:
+        """What makes the pattern more than one residue for every query head, None where nothing does."""
+        if self.sink_blocks:
+            return f"sink_blocks: {self.sink_blocks}"
+        if self.full_heads:
+            return f"full_heads: {self.full_heads}"
+        return "residues: none of some heads" if NO_RESIDUE in self.residues else None
 
     @property
     def num_kept(self) -> int:
-        """m: residues that each KV head keeps."""
+        """m: residues that each KV head keeps, where all have a strided set and nothing else."""
         return len(self.kept_residues[0])
 
     @cached_property
     def residue_ranks(self) -> tuple[int, ...]:
         """For each query head, the rank of its residue among its KV head's kept residues."""
-        return tuple(self.kept_residues[h // self.group_size].index(r) for h, r in enumerate(self.residues))
+        return tuple(
+            NO_RESIDUE if r == NO_RESIDUE else self.kept_residues[h // self.group_size].index(r)
+            for h, r in enumerate(self.residues)
+        )
 
     @property
     def window_tokens(self) -> int:
@@ -178,14 +251,18 @@ class S2Pattern:
     @property
     def is_union_complete(self) -> bool:
         """Whether every block is in some head's set, however old it is."""
-        return set(self.residues) == set(range(self.vert_stride))
+        return bool(self.full_heads) or set(self.residues) >= set(range(self.vert_stride))
 
     def attends(self, head: int, query_block: int, key_block: int) -> bool:
         """Whether `query_block` of query head `head` attends to `key_block` (block causality)."""
         if not 0 <= key_block <= query_block:
             return False
-        in_window = query_block - key_block < self.local_blocks
-        return in_window or key_block % self.vert_stride == self.residues[head]
+        return (
+            query_block - key_block < self.local_blocks
+            or key_block < self.sink_blocks
+            or head // self.group_size in self.full_heads
+            or key_block % self.vert_stride == self.residues[head]
+        )
 
     def block_mask(self, num_blocks: int) -> torch.Tensor:
         """`attends` for all heads and blocks: bool [num_heads, num_blocks, num_blocks], on the CPU."""
@@ -193,19 +270,20 @@ class S2Pattern:
 
         query = torch.arange(num_blocks, device="cpu")[:, None]
         key = torch.arange(num_blocks, device="cpu")[None, :]
-        window = key > query - self.local_blocks
+        always = (key > query - self.local_blocks) | (key < self.sink_blocks)
         strided = key % self.vert_stride == torch.tensor(self.residues, device="cpu")[:, None, None]
-        return (window | strided) & (key <= query)
+        full = [head // self.group_size in self.full_heads for head in range(self.num_heads)]
+        return (always | strided | torch.tensor(full, device="cpu")[:, None, None]) & (key <= query)
 
     def stored_tokens(self, length: int) -> tuple[float, float]:
         """Tokens that the window tier and the strided tier store at a context of `length` tokens.
 
         Per KV head, averaged over KV heads. The window tier holds what the next token's query still
-        sees; both tiers hold a recent token that is also in the strided set.
+        sees, and the sinks; both tiers hold a recent token that is also in the strided set.
         """
         b, s = self.block_size, self.vert_stride
         first_window_block = max(0, length // b - self.local_blocks + 1)
-        window = length - first_window_block * b
+        window = length - max(0, first_window_block - self.sink_blocks) * b
         strided = 0
         for kept in self.kept_residues:
             for residue in kept:
@@ -228,10 +306,15 @@ class S2Pattern:
         blocks = -(-length // self.block_size)
         dense = blocks * blocks / 2
         attended = 0.0
-        for residue in self.residues:
+        for head, residue in enumerate(self.residues):
+            is_full = head // self.group_size in self.full_heads
+            step = 1 if is_full else self.vert_stride
+            first = self.sink_blocks + (residue - self.sink_blocks) % step
             for i in range(blocks):
-                window = min(i + 1, self.local_blocks)
-                attended += window - 0.5 + len(range(residue, i - self.local_blocks + 1, self.vert_stride))
+                older = max(0, i - self.local_blocks + 1)
+                attended += i + 0.5 - older + min(older, self.sink_blocks)
+                if is_full or residue != NO_RESIDUE:
+                    attended += len(range(first, older, step))
         return attended / (dense * self.num_heads)
 
     def shard(self, rank: int, size: int) -> S2Pattern:
@@ -253,12 +336,16 @@ class S2Pattern:
             )
         per_rank = self.num_heads // size
         residues = self.residues[rank * per_rank : (rank + 1) * per_rank]
+        first, num_kv_heads = rank * per_rank // self.group_size, max(1, self.num_kv_heads // size)
+        full_heads = tuple(h - first for h in self.full_heads if first <= h < first + num_kv_heads)
         return S2Pattern(
             self.block_size,
             self.local_blocks,
-            self.vert_stride,
+            self.vert_stride if set(residues) != {NO_RESIDUE} else 1,
             residues,
-            max(1, self.num_kv_heads // size),
+            num_kv_heads,
+            self.sink_blocks,
+            full_heads,
         )
 
     def draw(self, path: str | Path, num_blocks: int | None = None) -> None:
