@@ -634,7 +634,7 @@ def test_library_examples_of_our_readme() -> None:
     whole = names["s2_attention"](*(names[name] for name in ("q", "k", "v", "pattern")))
     tolerance = TOLERANCES[torch.float32]
     torch.testing.assert_close(names["out"], whole[:, 768:], atol=tolerance, rtol=tolerance)
-    assert len(examples) == 4
+    assert len(examples) == 5
     assert all(x.grad.any() for x in names["inputs"])
 
 
