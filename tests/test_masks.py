@@ -186,6 +186,19 @@ def test_pattern_in_csr_form(pattern: S2Pattern) -> None:
     assert torch.equal(mask.to_dense(), pattern.block_mask(BLOCKS))
 
 
+@pytest.mark.parametrize("num_sinks", [0, 1, 3])
+@pytest.mark.parametrize("vert_stride", [None, 2, 5], ids=["streaming", "stride2", "stride5"])
+def test_masks_of_kinds_of_heads(vert_stride: int | None, num_sinks: int) -> None:
+    """Two query heads of each KV head, of which one is full."""
+    pattern = S2Pattern.build(
+        6, 3, local_blocks=2, vert_stride=vert_stride, sink_blocks=num_sinks, full_heads=[1]
+    )
+    dense = BlockMask.from_pattern(pattern, BLOCKS).to_dense()
+    assert torch.equal(dense, pattern.block_mask(BLOCKS))
+    assert torch.equal(dense[2:4], torch.ones(2, BLOCKS, BLOCKS).tril().bool())
+    assert not dense[4:].tril(-2).all()
+
+
 def test_pattern_mask_is_made_once_for_lengths_that_differ_little() -> None:
     pattern = S2Pattern.build(2, 2, block_size=16, local_blocks=2)
     masks = [pattern_block_mask(pattern, tokens) for tokens in (129, 200, 256)]

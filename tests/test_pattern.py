@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,6 @@ from benchmarks.geometries import GEOMETRIES
 from s2_kernels.config import S2Config
 from s2_kernels.draw import draw_pattern
 from s2_kernels.layout import TierLayout
-from s2_kernels.masks import BlockMask
 from s2_kernels.pattern import S2Pattern, first_returning_block
 from tests.contiguous import random_causal_mask
 
@@ -192,7 +192,6 @@ def test_kinds_follow_the_definition(arguments: dict[str, Any]) -> None:
     found = [[[pattern.attends(h, i, j) for j in blocks] for i in blocks] for h in range(pattern.num_heads)]
     assert torch.equal(torch.tensor(found), expected)
     assert first_returning_block(expected) is None
-    assert torch.equal(BlockMask.from_pattern(pattern, 17).to_dense(), expected)
     assert S2Pattern.from_handle(pattern.handle) == pattern
     plain = not arguments["sink_blocks"] and not arguments["full_heads"] and arguments["vert_stride"]
     assert (pattern.kinds is None) == bool(plain)
@@ -207,7 +206,19 @@ def test_what_kinds_store_and_attend_to(arguments: dict[str, Any], blocks: int, 
     oldest = length // 16 - pattern.local_blocks + 1
     tokens = range(length)
     assert window == sum(t // 16 >= oldest or t // 16 < pattern.sink_blocks for t in tokens)
-    kept = pattern.kept_residues
+    group = pattern.group_size
+    kept = [
+        set(range(pattern.vert_stride))
+        if head in arguments["full_heads"]
+        else set(pattern.residues[head * group : (head + 1) * group]) - {-1}
+        for head in range(pattern.num_kv_heads)
+    ]
+    assert pattern.kept_residues == tuple(map(tuple, map(sorted, kept)))
+    for head, residue in enumerate(pattern.residues):
+        rank = -1 if residue == -1 else sorted(kept[head // group]).index(residue)
+        assert pattern.residue_ranks[head] == rank
+    old = pattern.block_mask(40 + pattern.local_blocks)[:, -1, pattern.sink_blocks : 40]
+    assert pattern.is_union_complete == bool(old.any(dim=0).all())
     assert strided * pattern.num_kv_heads == sum(
         t // 16 % pattern.vert_stride in of_head for of_head in kept for t in tokens
     )
@@ -223,6 +234,12 @@ def test_shards_keep_their_kinds(arguments: dict[str, Any], size: int) -> None:
     assume(pattern.num_kv_heads % size == 0 or size % pattern.num_kv_heads == 0)
     shards = [pattern.shard(rank, size).block_mask(12) for rank in range(size)]
     assert torch.equal(torch.cat(shards), pattern.block_mask(12))
+
+
+def test_a_rank_may_have_no_strided_set() -> None:
+    pattern = S2Pattern.build(4, 4, vert_stride=3, sink_blocks=1, full_heads=[2, 3])
+    assert pattern.shard(1, 2) == S2Pattern(64, 16, 1, (-1, -1), 2, 1, (0, 1))
+    assert pattern.shard(0, 2) == S2Pattern(64, 16, 3, (0, 2), 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -242,12 +259,18 @@ def test_errors_of_kinds(arguments: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [{"sink_blocks": 1}, {"full_heads": (0,), "residues": (-1, 3)}, {"residues": (-1, 3)}]
+    ("kind", "found"),
+    [
+        ({"sink_blocks": 1}, "sink_blocks: 1"),
+        ({"full_heads": (0,), "residues": (-1, 3)}, "full_heads: (0,)"),
+        ({"residues": (-1, 3)}, "residues: none of some heads"),
+    ],
+    ids=["sinks", "full", "streaming"],
 )
-def test_pages_are_of_strided_sets_alone(kind: dict[str, Any]) -> None:
-    pattern = S2Pattern(**PATTERN | kind)
-    with pytest.raises(ValueError, match=r"^pattern: .*, expected a strided set of every head and no more"):
-        TierLayout(pattern, 64)
+def test_pages_are_of_strided_sets_alone(kind: dict[str, Any], found: str) -> None:
+    expected = f"pattern: {found}, expected a strided set of every head and no more"
+    with pytest.raises(ValueError, match=f"^{re.escape(expected)}$"):
+        TierLayout(S2Pattern(**PATTERN | kind), 64)
 
 
 @pytest.mark.parametrize("name", REFERENCE)

@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from s2_kernels.pattern import NO_RESIDUE, S2Pattern
+from s2_kernels.pattern import S2Pattern
 
 _CHUNK = 1 << 20
 """Block pairs that are looked at together: bounds the memory of intermediate results."""
@@ -177,10 +177,8 @@ class BlockMask:
         lists = [query]
         first_entry = num_blocks
         for of_set, (first, step) in zip(runs[:, :, 0], distinct, strict=True):
-            is_kept = query < pattern.sink_blocks
-            if first != NO_RESIDUE:
-                is_kept |= query % step == first
-            lists.append(query[is_kept])
+            # Without a strided set `first` is no residue of any block.
+            lists.append(query[(query < pattern.sink_blocks) | (query % step == first)])
             of_set[:, 0] = first_entry
             # How many of them are older than the window.
             of_set[:, 1] = first_entry + torch.searchsorted(lists[-1], window_starts)

@@ -167,14 +167,17 @@ class S2Pattern:
         """
         _check_positive("num_heads", num_heads)
         _check_positive("num_kv_heads", num_kv_heads)
-        has_strided_set = vert_stride is not None
-        vert_stride = 1 if vert_stride is None else vert_stride
-        _check_positive("vert_stride", vert_stride)
+        if vert_stride is not None:
+            _check_positive("vert_stride", vert_stride)
         if pattern_heads not in ("kv", "query"):
             raise ValueError(f"pattern_heads: {pattern_heads!r}, expected 'kv' or 'query'")
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads: {num_heads}, expected a multiple of num_kv_heads ({num_kv_heads})")
         group = num_heads // num_kv_heads
+        full = tuple(sorted(full_heads))
+        if vert_stride is None:
+            none = (NO_RESIDUE,) * num_heads
+            return cls(block_size, local_blocks, 1, none, num_kv_heads, sink_blocks, full)
         if pattern_heads == "query" and not homo_head and group > vert_stride:
             raise ValueError(
                 f"vert_stride: {vert_stride}, expected at least {group} with pattern_heads 'query', for "
@@ -187,13 +190,12 @@ class S2Pattern:
             step = 0
         residues = tuple(
             -((h if pattern_heads == "query" else h // group) * step + head_sliding_offset) % vert_stride
-            if has_strided_set and h // group not in full_heads
+            if h // group not in full
             else NO_RESIDUE
             for h in range(num_heads)
         )
         if all(residue == NO_RESIDUE for residue in residues):
             vert_stride = 1
-        full = tuple(sorted(full_heads))
         return cls(block_size, local_blocks, vert_stride, residues, num_kv_heads, sink_blocks, full)
 
     @property
