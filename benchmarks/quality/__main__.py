@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,7 +96,7 @@ def _report(training: Training) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     suite = TINY if options.tiny else Suite()
     if options.lengths:
-        suite = Suite(**{**vars(suite), "lengths": tuple(options.lengths)})
+        suite = replace(suite, lengths=tuple(options.lengths))
     if max(suite.lengths) > SERVED_LENGTH - 1:
         raise ValueError(f"--lengths: {max(suite.lengths)}, expected at most {SERVED_LENGTH - 1} tokens")
     arms = options.arms or [arm for arm in ARMS if (options.models / arm / "config.json").exists()]

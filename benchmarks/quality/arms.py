@@ -66,12 +66,3 @@ def model_config(arm: str, vocab_size: int, tiny: bool = False) -> dict[str, Any
     if pattern is not None:
         config["s2_attention"] = {**pattern, **(_TINY_PATTERN if tiny else {})}
     return config
-
-
-def reach(arm: str, tiny: bool = False) -> int | None:
-    """How many tokens back anything can come from, through all layers; None where that is everything."""
-    if arm != "window":
-        return None
-    config = model_config(arm, 1, tiny)
-    pattern = config["s2_attention"]
-    return int(config["num_hidden_layers"] * pattern["local_blocks"] * pattern["block_size"])
