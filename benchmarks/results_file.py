@@ -97,15 +97,17 @@ class ResultFile:
             self.records = [
                 other
                 for other in self.records
-                if other["run"] == date or self._known_by(other) != self._known_by(record)
+                if other["run"] == date or known_by(other, self._key) != known_by(record, self._key)
             ]
             self.records.append({**record, "run": date})
         dates = {record["run"] for record in self.records}
         runs = [run for run in self._header["runs"] if run["date"] in dates]
         write_results(self.path, self.records, {**self._header, "runs": runs})
 
-    def _known_by(self, record: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(record.get(name) for name in self._key)
+
+def known_by(record: dict[str, Any], key: Sequence[str]) -> tuple[Any, ...]:
+    """The values of the fields in `key`, None where a record has none."""
+    return tuple(record.get(name) for name in key)
 
 
 def _same_in_a_file(header: dict[str, Any]) -> dict[str, Any]:

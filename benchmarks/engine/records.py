@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import results_file
-from benchmarks.results_file import ResultFile, load_results
+from benchmarks.results_file import ResultFile, known_by, load_results
 
 Record = dict[str, Any]
 
@@ -56,7 +56,7 @@ def medians(records: Iterable[Record]) -> list[Record]:
     """A record per measurement: the medians of its repetitions' numbers; all else is the first one's."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
-        groups.setdefault(tuple(record.get(name) for name in KEY), []).append(record)
+        groups.setdefault(known_by(record, KEY), []).append(record)
     return [_median(group) for group in groups.values()]
 
 

@@ -4,8 +4,8 @@
     python -m benchmarks.kernels --ops decode --geometries hhst-8b --impls s2 fa3
 
 Results are written after every case, so that a run that is stopped loses nothing, and added to those that the
-file has of other cases. A peer that cannot run is
-recorded with the reason, an implementation whose output is wrong with the error, neither with a time.
+file has of other cases. A peer that cannot run is recorded with the reason, an implementation whose output is
+wrong with the error, neither with a time.
 """
 
 from __future__ import annotations

@@ -139,8 +139,7 @@ def prepare_flex(inputs: Inputs) -> Launch:
 
 def prepare_dkernel(inputs: Inputs) -> Launch:
     attention = _dkernel(inputs)
-    per_query_head = inputs.case.shape.config.pattern_heads == "query"
-    keys_values = _repeated_key_value(inputs) if per_query_head else (inputs.k, inputs.v)
+    keys_values = _repeated_key_value(inputs) if _has_query_patterns(inputs) else (inputs.k, inputs.v)
     q, k, v = (_batched(x, inputs) for x in (inputs.q, *keys_values))
     return partial(attention, q, k, v)
 
@@ -160,7 +159,7 @@ def _dkernel(inputs: Inputs) -> gradients.Attention:
         pattern.local_blocks,
         pattern.vert_stride,
         homo_head=config.homo_head,
-        num_kv_heads=pattern.num_heads if config.pattern_heads == "query" else pattern.num_kv_heads,
+        num_kv_heads=pattern.num_heads if _has_query_patterns(inputs) else pattern.num_kv_heads,
         head_sliding_offset=config.head_sliding_offset,
         seq_dim=1,
     ).to(inputs.q.device)
@@ -168,8 +167,11 @@ def _dkernel(inputs: Inputs) -> gradients.Attention:
 
 
 def _dkernel_gradients(op: str, inputs: Inputs) -> Launch:
-    per_query_head = inputs.case.shape.config.pattern_heads == "query"
-    return gradients.prepare(_dkernel, op, False, per_query_head, inputs)
+    return gradients.prepare(_dkernel, op, False, _has_query_patterns(inputs), inputs)
+
+
+def _has_query_patterns(inputs: Inputs) -> bool:
+    return inputs.case.shape.config.pattern_heads == "query"
 
 
 def _fa4(inputs: Inputs) -> gradients.Attention:

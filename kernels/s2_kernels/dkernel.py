@@ -24,7 +24,7 @@ from s2_kernels.contiguous.partitions import combine_attn_partitions
 from s2_kernels.contiguous.sequences import longest
 from s2_kernels.dkernel_masks import get_sparse_attn_mask
 from s2_kernels.masks import BlockMask
-from s2_kernels.pattern import NO_RESIDUE, S2Pattern
+from s2_kernels.pattern import S2Pattern
 
 __all__ = [
     "LocalStrideSparseAttention",
@@ -304,28 +304,22 @@ def _local_stride(
     S2 pattern, unless the range cuts the query heads of a KV head apart.
     """
     first, end = _check_head_range(num_heads, num_kv_heads, head_range)
-    distinct = 1 if homo_head else num_kv_heads
-    if not 0 <= num_dense_heads <= distinct:
-        raise ValueError(f"num_dense_heads: {num_dense_heads}, expected a value in [0, {distinct}]")
-    of_kv_heads = S2Pattern.build(
-        distinct,
-        distinct,
+    if not 0 <= num_dense_heads <= num_kv_heads:
+        raise ValueError(f"num_dense_heads: {num_dense_heads}, expected a value in [0, {num_kv_heads}]")
+    of_all_heads = S2Pattern.build(
+        num_heads,
+        num_kv_heads,
         block_size=block_size,
         local_blocks=local_blocks,
         vert_stride=vert_stride,
-        head_sliding_step=max(1, vert_stride // num_heads),
+        homo_head=homo_head,
         head_sliding_offset=head_sliding_offset,
-        full_heads=range(distinct - num_dense_heads, distinct),
+        full_heads=range(num_kv_heads - num_dense_heads, num_kv_heads),
     )
-    rows = [head * distinct // num_heads for head in range(first, end)]
-    mask = BlockMask.from_pattern(of_kv_heads, num_blocks).select([0] if homo_head else rows)
+    heads = range(1) if homo_head else range(first, end)
+    mask = BlockMask.from_pattern(of_all_heads, num_blocks).select(heads)
     group = num_heads // num_kv_heads
-    if first % group or end % group:
-        return mask, None
-    residues = tuple(of_kv_heads.residues[row] for row in rows)
-    stride = of_kv_heads.vert_stride if set(residues) != {NO_RESIDUE} else 1
-    full_heads = tuple(n for n, row in enumerate(rows[::group]) if row in of_kv_heads.full_heads)
-    pattern = S2Pattern(block_size, local_blocks, stride, residues, len(rows) // group, full_heads=full_heads)
+    pattern = None if first % group or end % group else of_all_heads.of_heads(first, end)
     return mask, pattern
 
 

@@ -40,9 +40,7 @@ class TierLayout:
 
     def __post_init__(self) -> None:
         if self.pattern.kinds is not None:
-            raise ValueError(
-                f"pattern: {self.pattern.kinds}, expected a strided set of every head and no more"
-            )
+            raise ValueError(self.pattern.kinds)
         unit = self.pattern.num_kept * self.pattern.block_size
         if self.page_slots < 1 or self.page_slots % unit:
             raise ValueError(

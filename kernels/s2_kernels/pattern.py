@@ -90,12 +90,12 @@ class S2Pattern:
         if self.sink_blocks < 0:
             raise ValueError(f"sink_blocks: {self.sink_blocks}, expected a number of at least 0")
         self._check_full_heads()
-        if self.vert_stride != 1 and not any(self._num_strided):
+        num_strided = [len(residues) for residues in self._strided_residues]
+        if self.vert_stride != 1 and not any(num_strided):
             raise ValueError(f"vert_stride: {self.vert_stride}, expected 1 where no head has a strided set")
-        if len(set(self._num_strided) - {0}) > 1:
+        if len(set(num_strided) - {0}) > 1:
             raise ValueError(
-                f"residues: KV heads keep {self._num_strided} residues, "
-                "expected the same number for every KV head"
+                f"residues: KV heads keep {num_strided} residues, expected the same number for every KV head"
             )
         numbers = (self.block_size, self.local_blocks, self.vert_stride, self.num_kv_heads, *self.residues)
         handle = _HANDLE + ",".join(map(str, numbers))
@@ -111,16 +111,16 @@ class S2Pattern:
             )
         if list(self.full_heads) != sorted(set(self.full_heads)):
             raise ValueError(f"full_heads: {self.full_heads}, expected every head once, in ascending order")
-        strided = [h for h in self.full_heads if self._num_strided[h]]
+        strided = [h for h in self.full_heads if self._strided_residues[h]]
         if strided:
             raise ValueError(f"residues: some of the full heads {strided}, expected {NO_RESIDUE} for them")
 
     @cached_property
-    def _num_strided(self) -> list[int]:
-        """For each KV head, how many residues its strided set has."""
+    def _strided_residues(self) -> list[list[int]]:
+        """For each KV head, the sorted residues that its query heads have."""
         g = self.group_size
         of_heads = (self.residues[h * g : (h + 1) * g] for h in range(self.num_kv_heads))
-        return [len(set(residues) - {NO_RESIDUE}) for residues in of_heads]
+        return [sorted(set(residues) - {NO_RESIDUE}) for residues in of_heads]
 
     @classmethod
     def from_handle(cls, handle: str) -> S2Pattern:
@@ -211,21 +211,22 @@ class S2Pattern:
     @cached_property
     def kept_residues(self) -> tuple[tuple[int, ...], ...]:
         """For each KV head, the sorted residues of its query heads: what its strided tier stores."""
-        g = self.group_size
-        of_heads = (self.residues[h * g : (h + 1) * g] for h in range(self.num_kv_heads))
         return tuple(
-            tuple(range(self.vert_stride) if h in self.full_heads else sorted(set(residues) - {NO_RESIDUE}))
-            for h, residues in enumerate(of_heads)
+            tuple(range(self.vert_stride) if h in self.full_heads else residues)
+            for h, residues in enumerate(self._strided_residues)
         )
 
     @property
     def kinds(self) -> str | None:
-        """What makes the pattern more than one residue for every query head, None where nothing does."""
+        """Why what wants one residue of every query head does not take the pattern, None where it does."""
+        found = None
         if self.sink_blocks:
-            return f"sink_blocks: {self.sink_blocks}"
-        if self.full_heads:
-            return f"full_heads: {self.full_heads}"
-        return "residues: none of some heads" if NO_RESIDUE in self.residues else None
+            found = f"sink_blocks: {self.sink_blocks}"
+        elif self.full_heads:
+            found = f"full_heads: {self.full_heads}"
+        elif NO_RESIDUE in self.residues:
+            found = "residues: none of some heads"
+        return found and f"pattern: {found}, expected a strided set of every head and no more"
 
     @property
     def num_kept(self) -> int:
@@ -337,9 +338,13 @@ class S2Pattern:
                 f"{self.num_kv_heads} KV heads"
             )
         per_rank = self.num_heads // size
-        residues = self.residues[rank * per_rank : (rank + 1) * per_rank]
-        first, num_kv_heads = rank * per_rank // self.group_size, max(1, self.num_kv_heads // size)
-        full_heads = tuple(h - first for h in self.full_heads if first <= h < first + num_kv_heads)
+        return self.of_heads(rank * per_rank, (rank + 1) * per_rank)
+
+    def of_heads(self, first: int, end: int) -> S2Pattern:
+        """The pattern of the query heads `first` to `end` - 1: those of whole KV heads, or some of one."""
+        residues = self.residues[first:end]
+        first_kv, num_kv_heads = first // self.group_size, max(1, (end - first) // self.group_size)
+        full_heads = tuple(h - first_kv for h in self.full_heads if first_kv <= h < first_kv + num_kv_heads)
         return S2Pattern(
             self.block_size,
             self.local_blocks,

@@ -29,7 +29,7 @@ def refusal(pattern: S2Pattern, q: torch.Tensor, **keys_and_values: torch.Tensor
     if pattern.block_size != BLOCK_SIZE:
         return f"block_size: {pattern.block_size}, expected {BLOCK_SIZE}"
     if pattern.kinds is not None:
-        return f"pattern: {pattern.kinds}, expected a strided set of every head and no more"
+        return pattern.kinds
     if q.shape[-1] not in HEAD_SIZES:
         return f"q: head size {q.shape[-1]}, expected one of {HEAD_SIZES}"
     if q.dtype not in DTYPES:
