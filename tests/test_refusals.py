@@ -352,7 +352,7 @@ def arguments(**given: Any) -> dict[str, Any]:
         {"quant_config": object()},
         {"extra": None},
     ],
-    ids=str,
+    ids=lambda given: next(iter(given), "nothing"),
 )
 def test_plain_layer(given: dict[str, Any]) -> None:
     """What says no more than a default does is served, in a sparse layer and in a dense one."""
