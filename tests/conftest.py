@@ -26,4 +26,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Every process of a run has to find the same tests: an object's address is in nobody's name."""
     for item in items:
         if " at 0x" in item.nodeid:
-            raise pytest.UsageError(f"{item.nodeid}: the name has an address, expected one that stays: give it an id")
+            raise pytest.UsageError(
+                f"{item.nodeid}: the name has an address, expected one that stays: give it an id"
+            )

@@ -83,7 +83,7 @@ def test_head_tables_say_what_the_pattern_says(layout: TierLayout) -> None:
     tables = head_tables(pattern, torch.device("cpu"))
     assert tuple(tables.residue.tolist()) == pattern.residues
     assert tuple(tables.rank.tolist()) == pattern.residue_ranks
-    assert tuple(map(tuple, tables.kept.tolist())) == pattern.kept_residues
+    assert tables.kept.tolist() == [residue for kept in pattern.kept_residues for residue in kept]
     assert tables.rank_of_residue.shape == (pattern.num_kv_heads, pattern.vert_stride)
     for ranks, kept in zip(tables.rank_of_residue.tolist(), pattern.kept_residues, strict=True):
         assert [residue for residue, rank in enumerate(ranks) if rank >= 0] == list(kept)
@@ -112,7 +112,8 @@ def test_head_tables_of_a_pattern_written_out() -> None:
     tables = head_tables(pattern, torch.device("cpu"))
     assert tables.residue.tolist() == [3, 1, 4, 3]
     assert tables.rank.tolist() == [1, 0, 1, 0]
-    assert tables.kept.tolist() == [[1, 3], [3, 4]]
+    assert tables.kept.tolist() == [1, 3, 3, 4]
+    assert tables.first_kept.tolist() == [0, 2, 4]
     assert tables.rank_of_residue.tolist() == [[-1, 0, -1, 1, -1], [-1, -1, -1, 0, 1]]
 
 

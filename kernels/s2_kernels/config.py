@@ -140,6 +140,15 @@ class S2Config:
                 problem = problem.replace(argument, key)
             raise self.error(name, problem) from error
 
+    def layer_patterns(self, num_heads: int, num_kv_heads: int, num_layers: int) -> dict[int, S2Pattern]:
+        """The pattern of every sparse layer by its index, ascending.
+
+        Raises:
+            S2ConfigError: as `pattern`.
+        """
+        pattern = self.pattern(num_heads, num_kv_heads)
+        return {layer: pattern for layer in range(num_layers) if layer not in self.dense_layers}
+
 
 class Phi3SmallPattern(S2Config):
     """A pattern that config.json describes by Phi-3-small's keys."""

@@ -1,11 +1,16 @@
 """Where the two tiers of a sparse layer's KV cache keep a token.
 
-Both tiers are pools of equal pages, [pages, KV heads, page_slots, 2 * head_size] with K before V in the
-last dimension, addressed by a block table per tier.
+Both tiers are pools of pages, addressed by a block table per tier, with K before V in the last dimension.
 
-    window tier     a page holds page_slots consecutive tokens, of every head
-    strided tier    a page holds page_slots / (m * block_size) super-blocks; of each, every head keeps
-                    only the m blocks of its kept residues: slot (super-block, rank of residue, offset)
+    window tier     [pages, KV heads, page_slots, 2 * head_size]: a page holds page_slots consecutive tokens,
+                    of every head
+    strided tier    a page spans some super-blocks; of each, every KV head keeps only the blocks of its kept
+                    residues, and has a run of slots for them: slot (super-block, rank of residue, offset)
+
+Where all heads keep equally many residues (m), the strided tier's pages have the window tier's shape, and span
+page_slots / (m * block_size) super-blocks. Where they do not (full and streaming heads), a page is
+[virtual heads, residue_slots, 2 * head_size]: a virtual head is a (KV head, kept residue) pair, and the slots
+of a KV head's virtual heads are one run.
 """
 
 from __future__ import annotations
@@ -22,6 +27,9 @@ if TYPE_CHECKING:
 MAX_HEAD_SIZE = 256
 """The largest that the kernels take."""
 
+ALL_RESIDUES = -2
+"""Instead of the rank of a residue: that of a query head that attends to whatever its KV head keeps."""
+
 
 @dataclass(frozen=True)
 class TierLayout:
@@ -29,16 +37,30 @@ class TierLayout:
 
     Attributes:
         pattern: the pattern of the heads whose KV the pages hold.
-        page_slots: slots per KV head and page (P), a multiple of num_kept * block_size.
+        page_slots: slots per KV head in a page of the window tier (P).
+        residue_slots: slots per virtual head in a page of the strided tier; by default as many as make its
+            pages as large as the window tier's.
 
     Raises:
-        ValueError: a page does not hold whole super-blocks, or heads are of different kinds.
+        ValueError: a page does not hold whole blocks, or heads of several kinds come without `residue_slots`.
     """
 
     pattern: S2Pattern
     page_slots: int
+    residue_slots: int = 0
 
     def __post_init__(self) -> None:
+        if not self.residue_slots:
+            self._share_evenly()
+        if self.page_slots < 1:
+            raise ValueError(f"page_slots: {self.page_slots}, expected a positive integer")
+        if self.residue_slots < 1 or self.residue_slots % self.pattern.block_size:
+            raise ValueError(
+                f"residue_slots: {self.residue_slots}, expected a multiple of block_size "
+                f"({self.pattern.block_size})"
+            )
+
+    def _share_evenly(self) -> None:
         if self.pattern.kinds is not None:
             raise ValueError(self.pattern.kinds)
         unit = self.pattern.num_kept * self.pattern.block_size
@@ -47,6 +69,12 @@ class TierLayout:
                 f"page_slots: {self.page_slots}, expected a multiple of {unit} "
                 f"({self.pattern.num_kept} kept residues x block_size {self.pattern.block_size})"
             )
+        object.__setattr__(self, "residue_slots", self.page_slots // self.pattern.num_kept)
+
+    @classmethod
+    def of_caches(cls, pattern: S2Pattern, window_slots: int, strided_slots: int) -> TierLayout:
+        """The layout of caches whose third dimensions are these."""
+        return cls(pattern, window_slots, 0 if pattern.kinds is None else strided_slots)
 
     @property
     def window_page_tokens(self) -> int:
@@ -56,42 +84,65 @@ class TierLayout:
     @property
     def super_blocks_per_page(self) -> int:
         """Super-blocks that one page of the strided tier spans."""
-        return self.page_slots // (self.pattern.num_kept * self.pattern.block_size)
+        return self.residue_slots // self.pattern.block_size
 
     @property
     def strided_page_tokens(self) -> int:
         """Tokens that one page of the strided tier spans, kept or not."""
         return self.super_blocks_per_page * self.pattern.super_block_tokens
 
+    @property
+    def strided_shape(self) -> tuple[int, int]:
+        """The second and third dimension of the strided tier's cache."""
+        if self.pattern.kinds is None:
+            return self.pattern.num_kv_heads, self.residue_slots * self.pattern.num_kept
+        return self.pattern.num_virtual_heads, self.residue_slots
+
     def window_slot(self, position: int) -> tuple[int, int]:
         """(page index in the block table, slot) of the token at `position`."""
         return divmod(position, self.page_slots)
 
     def strided_slot(self, kv_head: int, position: int) -> tuple[int, int] | None:
-        """(page index in the block table, slot) of the token at `position`, None if not kept."""
-        b, s, m = self.pattern.block_size, self.pattern.vert_stride, self.pattern.num_kept
+        """(page index in the block table, slot) of the token at `position`, None if not kept.
+
+        The slot counts from the head's first one in the page.
+        """
+        b, s = self.pattern.block_size, self.pattern.vert_stride
         block, offset = divmod(position, b)
         super_block, residue = divmod(block, s)
         kept = self.pattern.kept_residues[kv_head]
         if residue not in kept:
             return None
         page, local_super_block = divmod(super_block, self.super_blocks_per_page)
-        return page, (local_super_block * m + kept.index(residue)) * b + offset
+        return page, (local_super_block * len(kept) + kept.index(residue)) * b + offset
+
+    def strided_index(self, kv_head: int, position: int) -> tuple[int, int, int] | None:
+        """(page index in the block table, and the second and third index in the cache), None if not kept."""
+        place = self.strided_slot(kv_head, position)
+        if place is None:
+            return None
+        page, slot = place
+        row, slot = divmod(slot, self.strided_shape[1])
+        first = kv_head if self.pattern.kinds is None else self.pattern.first_virtual_heads[kv_head]
+        return page, first + row, slot
 
 
 class HeadTables(NamedTuple):
     """A pattern's per-head facts as int32 tensors on one device, as the kernels read them.
 
     Attributes:
-        residue: [num_heads], the residue of each query head.
-        rank: [num_heads], the rank of that residue among its KV head's kept residues.
-        kept: [num_kv_heads, num_kept], the kept residues.
+        residue: [num_heads], the residue of each query head; NO_RESIDUE without one.
+        rank: [num_heads], the rank of that residue among its KV head's kept residues; NO_RESIDUE for query heads
+            without a strided set, ALL_RESIDUES for those of full heads.
+        kept: [virtual heads], the kept residues of KV head 0, of KV head 1, ...
+        first_kept: [num_kv_heads + 1], where in `kept` each KV head's begin, and the total.
         rank_of_residue: [num_kv_heads, vert_stride], the rank of a residue, -1 when it is not kept.
     """
 
     residue: torch.Tensor
     rank: torch.Tensor
     kept: torch.Tensor
+    first_kept: torch.Tensor
     rank_of_residue: torch.Tensor
 
 
@@ -117,9 +168,14 @@ def make_head_tables(pattern: S2Pattern, device: torch.device) -> HeadTables:
     def table(values: object) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)
 
+    ranks = [
+        ALL_RESIDUES if h // pattern.group_size in pattern.full_heads else rank
+        for h, rank in enumerate(pattern.residue_ranks)
+    ]
     return HeadTables(
         table(pattern.residues),
-        table(pattern.residue_ranks),
-        table(pattern.kept_residues),
+        table(ranks),
+        table([residue for kept in pattern.kept_residues for residue in kept]),
+        table([*pattern.first_virtual_heads, pattern.num_virtual_heads]),
         table(rank_of_residue),
     )

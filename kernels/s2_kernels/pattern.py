@@ -21,6 +21,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -232,6 +233,17 @@ class S2Pattern:
     def num_kept(self) -> int:
         """m: residues that each KV head keeps, where all have a strided set and nothing else."""
         return len(self.kept_residues[0])
+
+    @property
+    def num_virtual_heads(self) -> int:
+        """(KV head, kept residue) pairs: what a strided tier has slots for."""
+        return sum(map(len, self.kept_residues))
+
+    @cached_property
+    def first_virtual_heads(self) -> tuple[int, ...]:
+        """For each KV head, the virtual heads of those before it."""
+        counts = [len(kept) for kept in self.kept_residues]
+        return tuple(accumulate(counts, initial=0))[:-1]
 
     @cached_property
     def residue_ranks(self) -> tuple[int, ...]:

@@ -170,13 +170,13 @@ def cache_write_reference(
 
     Args:
         key, value: [tokens, num_kv_heads, head_size].
-        window_cache, strided_cache: [pages, num_kv_heads, page_slots, 2 * head_size].
+        window_cache, strided_cache: the two tiers, see `s2_kernels.layout`.
         window_slots: int64 [tokens], page * page_slots + slot.
         strided_slots: int64 [tokens], page * strided_page_tokens + position mod
             strided_page_tokens, as vLLM computes it. A token with -1 in either is padding and skipped.
         pattern: the pattern of these heads.
     """
-    layout = TierLayout(pattern, window_cache.shape[2])
+    layout = TierLayout.of_caches(pattern, window_cache.shape[2], strided_cache.shape[2])
     for t, (window, strided) in enumerate(zip(window_slots.tolist(), strided_slots.tolist(), strict=True)):
         if window < 0 or strided < 0:
             continue
@@ -184,9 +184,9 @@ def cache_write_reference(
         window_cache[page, :, slot] = torch.cat([key[t], value[t]], dim=-1)
         page, local_position = divmod(strided, layout.strided_page_tokens)
         for h in range(pattern.num_kv_heads):
-            place = layout.strided_slot(h, local_position)
+            place = layout.strided_index(h, local_position)
             if place is not None:
-                strided_cache[page, h, place[1]] = torch.cat([key[t, h], value[t, h]], dim=-1)
+                strided_cache[page, *place[1:]] = torch.cat([key[t, h], value[t, h]], dim=-1)
 
 
 def paged_attention_reference(
@@ -209,7 +209,7 @@ def paged_attention_reference(
         [tokens, num_heads, head_size] in q's dtype; zeros for tokens that belong to no request.
     """
     window_cache, strided_cache, window_table, strided_table, query_start_loc, seq_lens = requests
-    layout = TierLayout(pattern, window_cache.shape[2])
+    layout = TierLayout.of_caches(pattern, window_cache.shape[2], strided_cache.shape[2])
     head_size = q.shape[-1]
     out = torch.zeros_like(q)
     starts, lens = query_start_loc.tolist(), seq_lens.tolist()
@@ -223,13 +223,13 @@ def paged_attention_reference(
                 kv_head = h // pattern.group_size
                 kv = []
                 for p in range(position + 1):
-                    if p >= first_window_token:
+                    if p >= first_window_token or p < pattern.sink_blocks * pattern.block_size:
                         page, slot = layout.window_slot(p)
                         kv.append(window_cache[window_table[n, page], kv_head, slot])
                     elif pattern.attends(h, block, p // pattern.block_size):
-                        place = layout.strided_slot(kv_head, p)
+                        place = layout.strided_index(kv_head, p)
                         assert place is not None
-                        kv.append(strided_cache[strided_table[n, place[0]], kv_head, place[1]])
+                        kv.append(strided_cache[strided_table[n, place[0]], *place[1:]])
                 keys, values = torch.stack(kv).float().split(head_size, dim=-1)
                 row = starts[n] + t
                 weights = (keys @ q[row, h].float() * scale).softmax(dim=0)

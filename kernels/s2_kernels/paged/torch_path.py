@@ -182,7 +182,7 @@ def _strided_span(
     num_shared = max(0, (int(newest[0]) + 1) // s)
 
     super_block = torch.arange(num_shared, num_pages * per_page, device=cache.device)
-    block = super_block * s + tables.kept[..., None]
+    block = super_block * s + tables.kept.view(pattern.num_kv_heads, pattern.num_kept, 1)
     mask = block[:, :, None] <= newest[:, None]
     pool = cache.unflatten(2, (per_page, pattern.num_kept, b))
     return _Span(pool, table[:num_pages], num_shared * b, mask.repeat_interleave(b, dim=-1))
