@@ -7,8 +7,8 @@ Both tiers are pools of pages, addressed by a block table per tier, with K befor
     strided tier    a page spans some super-blocks; of each, every KV head keeps only the blocks of its kept
                     residues, and has a run of slots for them: slot (super-block, rank of residue, offset)
 
-Where all heads keep equally many residues (m), the strided tier's pages have the window tier's shape, and span
-page_slots / (m * block_size) super-blocks. Where they do not (full and streaming heads), a page is
+Where all heads keep equally many residues (m), the strided tier's pages have the window tier's shape, and
+span page_slots / (m * block_size) super-blocks. Where they do not (full and streaming heads), a page is
 [virtual heads, residue_slots, 2 * head_size]: a virtual head is a (KV head, kept residue) pair, and the slots
 of a KV head's virtual heads are one run.
 """
@@ -132,8 +132,8 @@ class HeadTables(NamedTuple):
 
     Attributes:
         residue: [num_heads], the residue of each query head; NO_RESIDUE without one.
-        rank: [num_heads], the rank of that residue among its KV head's kept residues; NO_RESIDUE for query heads
-            without a strided set, ALL_RESIDUES for those of full heads.
+        rank: [num_heads], the rank of that residue among its KV head's kept residues; NO_RESIDUE for query
+            heads without a strided set, ALL_RESIDUES for those of full heads.
         kept: [virtual heads], the kept residues of KV head 0, of KV head 1, ...
         first_kept: [num_kv_heads + 1], where in `kept` each KV head's begin, and the total.
         rank_of_residue: [num_kv_heads, vert_stride], the rank of a residue, -1 when it is not kept.
