@@ -30,17 +30,30 @@ POISON_PAGE = 0
 
 @dataclass(frozen=True)
 class Geometry:
-    """A pattern and the shape of its caches; page_slots None is the fewest slots."""
+    """A pattern and the shape of its caches; page_slots None is the fewest slots.
+
+    Heads of several kinds have `residue_slots` of their own, one block by default.
+    """
 
     pattern: S2Pattern
     head_size: int = 64
     page_slots: int | None = None
+    residue_slots: int = 0
+
+    @property
+    def layout(self) -> TierLayout:
+        p = self.pattern
+        if p.kinds is None:
+            return TierLayout(p, self.page_slots or p.num_kept * p.block_size)
+        return TierLayout(p, self.page_slots or p.block_size, self.residue_slots or p.block_size)
 
     def __str__(self) -> str:
         p = self.pattern
+        kept = ",".join(str(len(kept)) for kept in p.kept_residues) if p.kinds else p.num_kept
+        sinks = f"-sinks{p.sink_blocks}" if p.sink_blocks else ""
         return (
             f"heads{p.num_heads}of{p.num_kv_heads}x{self.head_size}-block{p.block_size}-local{p.local_blocks}"
-            f"-stride{p.vert_stride}-kept{p.num_kept}-page{self.page_slots or p.num_kept * p.block_size}"
+            f"-stride{p.vert_stride}-kept{kept}{sinks}-page{self.layout.page_slots}"
         )
 
 
@@ -63,6 +76,34 @@ if DEVICE == "cuda":
         Geometry(_build(3, 3, local_blocks=1, vert_stride=5), 64, 192),
         Geometry(_build(2, 2, block_size=128, local_blocks=2, vert_stride=3), 256, 384),
     ]
+
+MIXED_GEOMETRIES = [
+    Geometry(_build(6, 3, block_size=16, local_blocks=2, vert_stride=None, full_heads=[1], sink_blocks=1)),
+    Geometry(
+        _build(4, 4, block_size=16, local_blocks=3, vert_stride=None, full_heads=[0, 3], sink_blocks=2),
+        96,
+        32,
+        64,
+    ),
+    Geometry(_build(3, 3, block_size=16, local_blocks=1, vert_stride=None, sink_blocks=1), 32),
+    Geometry(_build(8, 4, block_size=16, local_blocks=2, vert_stride=4, full_heads=[2, 3]), 64, 48, 32),
+    Geometry(
+        _build(
+            8,
+            2,
+            block_size=16,
+            local_blocks=2,
+            vert_stride=5,
+            head_sliding_offset=1,
+            full_heads=[0],
+            sink_blocks=3,
+            pattern_heads="query",
+        ),
+        32,
+    ),
+    Geometry(_build(2, 2, block_size=32, local_blocks=3, vert_stride=3, sink_blocks=2), 16, 96, 64),
+]
+"""Of heads of several kinds: full, streaming and strided ones, and sinks."""
 
 
 @dataclass
@@ -151,7 +192,7 @@ def build_batch(
         seed: of all random numbers.
     """
     pattern, head_size = geometry.pattern, geometry.head_size
-    layout = TierLayout(pattern, geometry.page_slots or pattern.num_kept * pattern.block_size)
+    layout = geometry.layout
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> torch.Tensor:
@@ -172,7 +213,7 @@ def build_batch(
 
     page_tokens = (layout.window_page_tokens, layout.strided_page_tokens)
     window_table, strided_table, num_pages = _page_tables(key_lens, page_tokens, generator)
-    window_cache, strided_cache = make_pools(pool, num_pages, kv_heads, layout.page_slots, head_size, dtype)
+    window_cache, strided_cache = make_pools(pool, num_pages, layout, head_size, dtype)
     new_slots = []
     for n, (context, _) in enumerate(requests):
         if not key_lens[n]:
@@ -209,29 +250,36 @@ def build_batch(
 
 
 def make_pools(
-    kind: PoolKind, num_pages: int, kv_heads: int, page_slots: int, head_size: int, dtype: torch.dtype
+    kind: PoolKind, num_pages: int, layout: TierLayout, head_size: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two tiers full of NaN, [num_pages, kv_heads, page_slots, 2 * head_size] each.
+    """Two tiers full of NaN: [num_pages, heads, slots, 2 * head_size] each.
 
     "shared": the same memory twice, as the pages of a serving engine are. "token-major": a pool each,
     one with the slots outside the heads, the other with a gap after every slot.
     """
+    heads, slots = layout.pattern.num_kv_heads, layout.page_slots
+    strided_heads, strided_slots = layout.strided_shape
 
     def nan(*shape: int) -> torch.Tensor:
         return torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
 
     if kind == "shared":
-        pool = nan(num_pages, kv_heads, page_slots, 2 * head_size)
-        return pool, pool
-    window = nan(num_pages, page_slots, kv_heads, 2 * head_size).transpose(1, 2)
-    strided = nan(num_pages, kv_heads, page_slots, 2 * head_size + 8)[..., : 2 * head_size]
+        page = max(heads * slots, strided_heads * strided_slots)
+        pool = nan(num_pages, page, 2 * head_size)
+        window = pool[:, : heads * slots].unflatten(1, (heads, slots))
+        return window, pool[:, : strided_heads * strided_slots].view(
+            num_pages, strided_heads, strided_slots, 2 * head_size
+        )
+    window = nan(num_pages, slots, heads, 2 * head_size).transpose(1, 2)
+    strided = nan(num_pages, strided_heads, strided_slots, 2 * head_size + 8)[..., : 2 * head_size]
     return window, strided
 
 
 def move_to_far_pages(batch: PagedBatch) -> None:
     """Move the pages of a batch on a shared pool past 2**31 elements: more than 4 GiB at two bytes each."""
     pool = batch.window_cache
-    assert pool is batch.strided_cache
+    assert pool.data_ptr() == batch.strided_cache.data_ptr()
+    assert pool.shape == batch.strided_cache.shape
     far = 2**31 // pool[0].numel() + 1
     moved = pool.new_empty(far + len(pool), *pool.shape[1:])
     moved[far:] = pool
@@ -267,10 +315,26 @@ def _poison_unattended(
 ) -> None:
     """Point the entries that no query at positions context ... length - 1 may follow to the poison page."""
     pattern = layout.pattern
-    first_window_block = max(0, context // pattern.block_size - pattern.local_blocks + 1)
-    window_row[: first_window_block * pattern.block_size // layout.window_page_tokens] = POISON_PAGE
-    last_old_block = (length - 1) // pattern.block_size - pattern.local_blocks
-    first_kept = min(residue for kept in pattern.kept_residues for residue in kept)
+    b = pattern.block_size
+    queries = range(context // b, (length - 1) // b + 1)
+    for page in range(len(window_row)):
+        blocks = range(page * layout.window_page_tokens // b, -(-(page + 1) * layout.window_page_tokens // b))
+        if not any(_is_in_window_tier(pattern, queries, block) for block in blocks):
+            window_row[page] = POISON_PAGE
+    page_blocks = layout.super_blocks_per_page * pattern.vert_stride
     for page in range(len(strided_row)):
-        if page * layout.super_blocks_per_page * pattern.vert_stride + first_kept > last_old_block:
+        blocks = range(page * page_blocks, (page + 1) * page_blocks)
+        if not any(_is_in_strided_tier(pattern, queries, block) for block in blocks):
             strided_row[page] = POISON_PAGE
+
+
+def _is_in_window_tier(pattern: S2Pattern, queries: range, block: int) -> bool:
+    """Whether a query block reads `block` from the window tier."""
+    newest = block < pattern.sink_blocks or block > queries[0] - pattern.local_blocks
+    return newest and block <= queries[-1]
+
+
+def _is_in_strided_tier(pattern: S2Pattern, queries: range, block: int) -> bool:
+    """Whether a query block reads `block` from the strided tier."""
+    is_older = pattern.sink_blocks <= block <= queries[-1] - pattern.local_blocks
+    return is_older and any(block % pattern.vert_stride in kept for kept in pattern.kept_residues)

@@ -19,6 +19,7 @@ from tests.paged import (
     DTYPE_NAMES,
     DTYPES,
     GEOMETRIES,
+    MIXED_GEOMETRIES,
     Geometry,
     PagedBatch,
     build_batch,
@@ -49,7 +50,7 @@ def run(batch: PagedBatch, num_programs: int | None = None) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
 @pytest.mark.parametrize("num_programs", [1, 5, 40], ids=lambda n: f"programs{n}")
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES + MIXED_GEOMETRIES, ids=str)
 def test_matches_attention_over_contiguous_keys(
     geometry: Geometry, num_programs: int, dtype: torch.dtype
 ) -> None:

@@ -121,3 +121,9 @@ def test_head_tables_are_on_the_device_that_was_asked_for() -> None:
     with torch.device("meta"):
         tables = head_tables(S2Pattern(16, 2, 7, (6, 2), num_kv_heads=1), torch.device("cpu"))
     assert {table.device.type for table in tables} == {"cpu"}
+
+
+def test_query_heads_of_one_kv_head_with_and_without_a_strided_set() -> None:
+    pattern = S2Pattern(16, 1, 2, (1, -1, -1, -1), 2, 1, (1,))
+    with pytest.raises(ValueError, match=r"^residues: \(1, -1\) of KV head 0, expected one of each"):
+        TierLayout(pattern, 16, 16)

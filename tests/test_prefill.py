@@ -12,6 +12,7 @@ from tests.paged import (
     DTYPE_NAMES,
     DTYPES,
     GEOMETRIES,
+    MIXED_GEOMETRIES,
     Geometry,
     PagedBatch,
     build_batch,
@@ -41,7 +42,7 @@ def run(batch: PagedBatch) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=DTYPE_NAMES.get)
 @pytest.mark.parametrize("requests", BATCHES)
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("geometry", GEOMETRIES + MIXED_GEOMETRIES, ids=str)
 def test_matches_attention_over_contiguous_keys(
     geometry: Geometry, requests: str, dtype: torch.dtype
 ) -> None:

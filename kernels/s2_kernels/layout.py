@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from s2_kernels.pattern import S2Pattern
+from s2_kernels.pattern import NO_RESIDUE, S2Pattern
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,8 @@ class TierLayout:
             pages as large as the window tier's.
 
     Raises:
-        ValueError: a page does not hold whole blocks, or heads of several kinds come without `residue_slots`.
+        ValueError: a page does not hold whole blocks, heads of several kinds come without `residue_slots`, or
+            only some of a KV head's query heads have a strided set.
     """
 
     pattern: S2Pattern
@@ -52,6 +53,7 @@ class TierLayout:
     def __post_init__(self) -> None:
         if not self.residue_slots:
             self._share_evenly()
+        self._check_query_heads()
         if self.page_slots < 1:
             raise ValueError(f"page_slots: {self.page_slots}, expected a positive integer")
         if self.residue_slots < 1 or self.residue_slots % self.pattern.block_size:
@@ -59,6 +61,15 @@ class TierLayout:
                 f"residue_slots: {self.residue_slots}, expected a multiple of block_size "
                 f"({self.pattern.block_size})"
             )
+
+    def _check_query_heads(self) -> None:
+        group, residues = self.pattern.group_size, self.pattern.residues
+        for head in range(self.pattern.num_kv_heads):
+            of_head = residues[head * group : (head + 1) * group]
+            if NO_RESIDUE in of_head and set(of_head) != {NO_RESIDUE}:
+                raise ValueError(
+                    f"residues: {of_head} of KV head {head}, expected one of each query head or of none"
+                )
 
     def _share_evenly(self) -> None:
         if self.pattern.kinds is not None:

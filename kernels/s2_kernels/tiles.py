@@ -34,11 +34,11 @@ def token_rows(
     first_token,
     stride_page,
     stride_slot,
-    PAGE_SLOTS: tl.constexpr,
+    page_slots,
     BLOCK_N: tl.constexpr,
 ):
     """Pointers [BLOCK_N] to K of consecutive tokens of a tier, which must all lie in `page`."""
-    slots = first_token % PAGE_SLOTS + tl.arange(0, BLOCK_N)
+    slots = first_token % page_slots + tl.arange(0, BLOCK_N)
     return cache + page.to(tl.int64) * stride_page + slots.to(tl.int64) * stride_slot
 
 
@@ -73,13 +73,13 @@ def load_kv(
     first_token,
     stride_page,
     stride_slot,
-    PAGE_SLOTS: tl.constexpr,
+    page_slots,
     BLOCK_N: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
 ):
     """K and V, [BLOCK_N, HEAD_PADDED] each, of consecutive tokens of a tier, all in `page`."""
-    rows = token_rows(cache, page, first_token, stride_page, stride_slot, PAGE_SLOTS, BLOCK_N)
+    rows = token_rows(cache, page, first_token, stride_page, stride_slot, page_slots, BLOCK_N)
     k = load_tile(rows, HEAD_SIZE, HEAD_PADDED)
     v = load_tile(rows + HEAD_SIZE, HEAD_SIZE, HEAD_PADDED)
     return k, v
@@ -93,13 +93,13 @@ def load_kv_where(
     first_token,
     stride_page,
     stride_slot,
-    PAGE_SLOTS: tl.constexpr,
+    page_slots,
     BLOCK_N: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
 ):
     """As `load_kv`, with zeros (and no access) where `keep` [BLOCK_N] is false."""
-    rows = token_rows(cache, page, first_token, stride_page, stride_slot, PAGE_SLOTS, BLOCK_N)
+    rows = token_rows(cache, page, first_token, stride_page, stride_slot, page_slots, BLOCK_N)
     k = load_tile_where(rows, keep, HEAD_SIZE, HEAD_PADDED)
     v = load_tile_where(rows + HEAD_SIZE, keep, HEAD_SIZE, HEAD_PADDED)
     return k, v

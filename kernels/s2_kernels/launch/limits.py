@@ -13,6 +13,8 @@ LOG2_E = math.log2(math.e)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MIN_DOT_SIZE = 16
 """The smallest extent that `tl.dot` takes."""
+VARYING = 0
+"""As a number of kept residues: kernels read that of each KV head."""
 
 
 def padded_head_size(head_size: int) -> int:
@@ -23,6 +25,16 @@ def padded_head_size(head_size: int) -> int:
 def local_blocks(pattern: S2Pattern) -> int:
     """The window's blocks as the kernels count them, in 32 bits: no more than any sequence can have."""
     return min(pattern.local_blocks, 2**31 // pattern.block_size)
+
+
+def sink_blocks(pattern: S2Pattern) -> int:
+    """The sinks as the kernels count them, likewise."""
+    return min(pattern.sink_blocks, 2**31 // pattern.block_size)
+
+
+def num_kept(pattern: S2Pattern) -> int:
+    """Residues of each KV head, as kernels are compiled for them; VARYING for heads of several kinds."""
+    return pattern.num_kept if pattern.kinds is None else VARYING
 
 
 def refusal(

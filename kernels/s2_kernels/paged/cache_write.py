@@ -6,11 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
+from s2_kernels.launch import limits
 from s2_kernels.launch.configs import launch_config, shape_key
 from s2_kernels.launch.handle import KernelLaunch
 from s2_kernels.layout import HeadTables, TierLayout
 from s2_kernels.paged.calls import WriteCall, cache_strides
 from s2_kernels.pattern import S2Pattern
+
+VARYING = tl.constexpr(limits.VARYING)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -22,6 +25,7 @@ def cache_write_kernel(
     window_slots,  # [tokens]
     strided_slots,
     rank_of_residue,  # [num_kv_heads, vert_stride]
+    first_kept,  # [num_kv_heads + 1]
     num_tokens,
     key_stride_token: tl.int64,
     key_stride_head: tl.int64,
@@ -70,8 +74,14 @@ def cache_write_kernel(
     local_block = local_position // BLOCK_SIZE
     residue = local_block % VERT_STRIDE
     rank = tl.load(rank_of_residue + heads * VERT_STRIDE + residue, mask=is_token, other=-1)
-    slot = (local_block // VERT_STRIDE * NUM_KEPT + rank) * BLOCK_SIZE + local_position % BLOCK_SIZE
-    target = page * strided_stride_page + heads * strided_stride_head + slot * strided_stride_slot
+    if NUM_KEPT == VARYING:
+        first_virtual = tl.load(first_kept + heads).to(tl.int64)
+        num_kept = tl.load(first_kept + heads + 1) - first_virtual
+    else:
+        first_virtual = heads
+        num_kept = NUM_KEPT
+    slot = (local_block // VERT_STRIDE * num_kept + rank) * BLOCK_SIZE + local_position % BLOCK_SIZE
+    target = page * strided_stride_page + first_virtual * strided_stride_head + slot * strided_stride_slot
     mask = (rank >= 0)[:, None] & is_dim
     tl.store(strided_cache + target[:, None] + dims, k, mask=mask)
     tl.store(strided_cache + target[:, None] + HEAD_SIZE + dims, v, mask=mask)
@@ -95,7 +105,7 @@ def prepare_write(
 ) -> WriteCall:
     """`s2_kernels.paged.write` of the first `num_tokens` tokens, one or more, after its checks."""
     head_size = key.shape[2]
-    layout = TierLayout(pattern, window_cache.shape[2])
+    layout = TierLayout.of_caches(pattern, window_cache.shape[2], strided_cache.shape[2])
     head_padded = triton.next_power_of_2(head_size)
     config = cache_write_config(head_padded, key.dtype)
     arguments = {
@@ -106,6 +116,7 @@ def prepare_write(
         "window_slots": window_slots,
         "strided_slots": strided_slots,
         "rank_of_residue": tables.rank_of_residue,
+        "first_kept": tables.first_kept,
         "num_tokens": num_tokens,
         "key_stride_token": key.stride(0),
         "key_stride_head": key.stride(1),
@@ -119,11 +130,11 @@ def prepare_write(
         "STRIDED_PAGE_TOKENS": layout.strided_page_tokens,
         "BLOCK_SIZE": pattern.block_size,
         "VERT_STRIDE": pattern.vert_stride,
-        "NUM_KEPT": pattern.num_kept,
+        "NUM_KEPT": limits.num_kept(pattern),
         "ROWS": config.pop("ROWS"),
     }
     grid = (triton.cdiv(num_tokens * pattern.num_kv_heads, arguments["ROWS"]),)
-    varying = ("key", "value", "window_cache", "strided_cache", "rank_of_residue")
+    varying = ("key", "value", "window_cache", "strided_cache", "rank_of_residue", "first_kept")
     launch = KernelLaunch(cache_write_kernel, grid, arguments, varying, **config)
 
     def write(
@@ -133,6 +144,6 @@ def prepare_write(
         strided_cache: torch.Tensor,
         tables: HeadTables,
     ) -> None:
-        launch(key, value, window_cache, strided_cache, tables.rank_of_residue)
+        launch(key, value, window_cache, strided_cache, tables.rank_of_residue, tables.first_kept)
 
     return write

@@ -56,20 +56,30 @@ def _check_caches(
     head_size: int,
     dtype: torch.dtype,
 ) -> None:
-    for name, cache in (("window_cache", window_cache), ("strided_cache", strided_cache)):
-        if cache.dim() != 4 or cache.shape[1] != pattern.num_kv_heads or cache.shape[3] != 2 * head_size:
-            raise ValueError(
-                f"{name}: shape {tuple(cache.shape)}, expected "
-                f"[pages, {pattern.num_kv_heads}, page_slots, {2 * head_size}]"
-            )
-        if cache.dtype != dtype:
-            raise ValueError(f"{name}: dtype {cache.dtype}, expected {dtype} as the other tensors")
-    if strided_cache.shape[2] != window_cache.shape[2]:
+    _check_cache("window_cache", window_cache, pattern.num_kv_heads, head_size, dtype)
+    if strided_cache.dim() != 4:
+        raise ValueError(f"strided_cache: shape {tuple(strided_cache.shape)}, expected four dimensions")
+    layout = TierLayout.of_caches(pattern, window_cache.shape[2], strided_cache.shape[2])
+    heads, slots = layout.strided_shape
+    _check_cache("strided_cache", strided_cache, heads, head_size, dtype)
+    if strided_cache.shape[2] != slots:
         raise ValueError(
-            f"strided_cache: {strided_cache.shape[2]} slots in a page, expected "
-            f"{window_cache.shape[2]} as in window_cache"
+            f"strided_cache: {strided_cache.shape[2]} slots in a page, expected {slots} as in window_cache"
         )
-    TierLayout(pattern, window_cache.shape[2])
+    if pattern.kinds is not None and strided_cache.stride(1) != slots * strided_cache.stride(2):
+        raise ValueError(
+            f"strided_cache: strides {strided_cache.stride()}, expected the slots of a page one after the "
+            "other, where KV heads keep different numbers of residues"
+        )
+
+
+def _check_cache(name: str, cache: torch.Tensor, heads: int, head_size: int, dtype: torch.dtype) -> None:
+    if cache.dim() != 4 or cache.shape[1] != heads or cache.shape[3] != 2 * head_size:
+        raise ValueError(
+            f"{name}: shape {tuple(cache.shape)}, expected [pages, {heads}, page_slots, {2 * head_size}]"
+        )
+    if cache.dtype != dtype:
+        raise ValueError(f"{name}: dtype {cache.dtype}, expected {dtype} as the other tensors")
 
 
 def _check_requests(requests: PagedRequests) -> None:

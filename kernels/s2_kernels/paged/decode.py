@@ -13,16 +13,21 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from s2_kernels import layout as layouts
+from s2_kernels.launch import limits
 from s2_kernels.launch.configs import launch_config, shape_key
 from s2_kernels.launch.device import num_multiprocessors, nvidia_capability
 from s2_kernels.launch.handle import KernelLaunch
-from s2_kernels.launch.limits import LOG2_E, MIN_DOT_SIZE, local_blocks, padded_head_size
-from s2_kernels.layout import HeadTables
+from s2_kernels.launch.limits import LOG2_E, MIN_DOT_SIZE, padded_head_size
+from s2_kernels.layout import HeadTables, TierLayout
 from s2_kernels.paged.calls import AttendCall, attend_strides
 from s2_kernels.paged.decode_combine import prepare_combine
 from s2_kernels.paged.decode_schedule import (
-    items_per_head,
+    head_items,
+    head_of_item,
+    item_counts,
     num_old_blocks,
+    num_sink_tiles,
     num_splits,
     num_window_tiles,
     request_ends,
@@ -35,31 +40,42 @@ from s2_kernels.tiles import load_tile_where, query_key, softmax_step, token_row
 MIN_REQUESTS_PADDED = 128
 """Batches up to this size share a compiled kernel."""
 
-
-@triton.jit
-def table_entry(tile, window_tiles, first_window_tile, window_table, strided_table, PAGE_TILES: tl.constexpr):
-    """Where the block tables have the page of a tile of a KV head."""
-    in_window = tile < window_tiles
-    tier_tile = tl.where(in_window, first_window_tile + tile, tile - window_tiles)
-    return tl.where(in_window, window_table, strided_table) + tier_tile // PAGE_TILES
+VARYING = tl.constexpr(limits.VARYING)
+ALL_RESIDUES = tl.constexpr(layouts.ALL_RESIDUES)
 
 
 @triton.jit
-def num_strided_tiles(
-    residues,  # [NUM_KEPT], of the KV head
-    old_blocks,
-    BLOCK_SIZE: tl.constexpr,
+def num_kept_blocks(
+    residues,  # [num_kept], of the KV head
+    num_kept,
+    blocks,
     VERT_STRIDE: tl.constexpr,
-    NUM_KEPT: tl.constexpr,
     KEPT_PADDED: tl.constexpr,
-    BLOCK_N: tl.constexpr,
 ):
-    """Tiles of the strided blocks older than the window. They are the first ones of the tier."""
+    """How many of a sequence's first `blocks` blocks the KV head keeps. They are the first of its tier."""
     kept = tl.arange(0, KEPT_PADDED)
-    kept_residues = tl.load(residues + kept, mask=kept < NUM_KEPT, other=VERT_STRIDE)
-    in_last_super_block = tl.sum((kept_residues < old_blocks % VERT_STRIDE).to(tl.int32), 0)
-    blocks = old_blocks // VERT_STRIDE * NUM_KEPT + in_last_super_block
-    return blocks * (BLOCK_SIZE // BLOCK_N)
+    kept_residues = tl.load(residues + kept, mask=kept < num_kept, other=VERT_STRIDE)
+    in_last_super_block = tl.sum((kept_residues < blocks % VERT_STRIDE).to(tl.int32), 0)
+    return blocks // VERT_STRIDE * num_kept + in_last_super_block
+
+
+@triton.jit
+def tile_of_tier(tile, sink_tiles, near_tiles, first_window_tile, skipped_tiles, SINK_BLOCKS: tl.constexpr):
+    """Where in its tier a tile of a KV head is.
+
+    Args:
+        tile: first those of the sinks, then the window's, then the older strided ones.
+        sink_tiles: of the sinks.
+        near_tiles: of sinks and window, all in the window tier.
+        first_window_tile: where in its tier the window starts.
+        skipped_tiles: strided tiles before those to attend to: sinks.
+    """
+    window_tile = first_window_tile + tile
+    strided_tile = tile - near_tiles
+    if SINK_BLOCKS > 0:
+        window_tile = tl.where(tile < sink_tiles, tile, window_tile - sink_tiles)
+        strided_tile += skipped_tiles
+    return tl.where(tile < near_tiles, window_tile, strided_tile)
 
 
 @triton.jit
@@ -73,7 +89,9 @@ def attend_tiles(
     strided_cache,
     window_table,  # the request's row
     strided_table,
-    residues,  # [NUM_KEPT], of the KV head
+    residues,  # [num_kept], of the KV head
+    num_kept,
+    strided_page_slots,  # of the KV head
     window_stride_page,
     window_stride_slot,
     strided_stride_page,
@@ -82,6 +100,7 @@ def attend_tiles(
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     PAGE_SLOTS: tl.constexpr,
+    SINK_BLOCKS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     LOCAL_BLOCKS: tl.constexpr,
     VERT_STRIDE: tl.constexpr,
@@ -91,47 +110,70 @@ def attend_tiles(
     BLOCK_N: tl.constexpr,
 ):
     """Online softmax over the tiles first ... end - 1 of a KV head: (acc, row_max, row_sum)."""
+    BLOCK_TILES: tl.constexpr = BLOCK_SIZE // BLOCK_N
     PAGE_TILES: tl.constexpr = PAGE_SLOTS // BLOCK_N
+    strided_page_tiles = strided_page_slots // BLOCK_N
     old_blocks = num_old_blocks(seq_len, BLOCK_SIZE, LOCAL_BLOCKS)
-    first_window_tile = old_blocks * (BLOCK_SIZE // BLOCK_N)
-    window_tiles = num_window_tiles(seq_len, old_blocks, BLOCK_SIZE, BLOCK_N)
-    strided_tiles = num_strided_tiles(
-        residues, old_blocks, BLOCK_SIZE, VERT_STRIDE, NUM_KEPT, KEPT_PADDED, BLOCK_N
-    )
-    end_tile = tl.minimum(end_tile, window_tiles + strided_tiles)
+    first_window_tile = old_blocks * BLOCK_TILES
+    sink_tiles = num_sink_tiles(old_blocks, SINK_BLOCKS, BLOCK_SIZE, BLOCK_N)
+    near_tiles = sink_tiles + num_window_tiles(seq_len, old_blocks, BLOCK_SIZE, BLOCK_N)
+    skipped_tiles = 0
+    if SINK_BLOCKS > 0:
+        sinks = tl.minimum(old_blocks, SINK_BLOCKS)
+        skipped_tiles = num_kept_blocks(residues, num_kept, sinks, VERT_STRIDE, KEPT_PADDED) * BLOCK_TILES
+    old_tiles = num_kept_blocks(residues, num_kept, old_blocks, VERT_STRIDE, KEPT_PADDED) * BLOCK_TILES
+    end_tile = tl.minimum(end_tile, near_tiles + old_tiles - skipped_tiles)
 
     acc = tl.zeros((BLOCK_M, HEAD_PADDED), tl.float32)
     row_max = tl.full((BLOCK_M,), -1e30, tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
-    entry = table_entry(first_tile, window_tiles, first_window_tile, window_table, strided_table, PAGE_TILES)
+    tier_tile = tile_of_tier(
+        first_tile, sink_tiles, near_tiles, first_window_tile, skipped_tiles, SINK_BLOCKS
+    )
+    is_near = first_tile < near_tiles
+    page_tiles = PAGE_TILES
+    if NUM_KEPT == VARYING:
+        page_tiles = tl.where(is_near, PAGE_TILES, strided_page_tiles)
+    entry = tl.where(is_near, window_table, strided_table) + tier_tile // page_tiles
     page = tl.load(entry, mask=first_tile < end_tile, other=0)
     for tile in range(first_tile, end_tile):
-        in_window = tile < window_tiles
-        first_token = tl.where(in_window, first_window_tile + tile, tile - window_tiles) * BLOCK_N
+        in_window = tile < near_tiles
+        tier_tile = tile_of_tier(tile, sink_tiles, near_tiles, first_window_tile, skipped_tiles, SINK_BLOCKS)
+        first_token = tier_tile * BLOCK_N
         stride_page = tl.where(in_window, window_stride_page, strided_stride_page)
         stride_slot = tl.where(in_window, window_stride_slot, strided_stride_slot)
         cache = tl.where(in_window, window_cache, strided_cache)
-        rows = token_rows(cache, page, first_token, stride_page, stride_slot, PAGE_SLOTS, BLOCK_N)
+        page_slots = PAGE_SLOTS
+        if NUM_KEPT == VARYING:
+            page_slots = tl.where(in_window, PAGE_SLOTS, strided_page_slots)
+        rows = token_rows(cache, page, first_token, stride_page, stride_slot, page_slots, BLOCK_N)
 
         # A step ahead: a load that this step's addresses waited for would take pipeline stages of its own.
         next_tile = tl.minimum(tile + 1, end_tile - 1)
-        entry = table_entry(
-            next_tile, window_tiles, first_window_tile, window_table, strided_table, PAGE_TILES
+        next_tier_tile = tile_of_tier(
+            next_tile, sink_tiles, near_tiles, first_window_tile, skipped_tiles, SINK_BLOCKS
         )
-        page = tl.load(entry)
+        is_near = next_tile < near_tiles
+        if NUM_KEPT == VARYING:
+            page_tiles = tl.where(is_near, PAGE_TILES, strided_page_tiles)
+        page = tl.load(tl.where(is_near, window_table, strided_table) + next_tier_tile // page_tiles)
 
         num_keys = tl.where(in_window, seq_len - first_token, BLOCK_N)
         is_key = tl.arange(0, BLOCK_N) < num_keys
         k = load_tile_where(rows, is_key, HEAD_SIZE, HEAD_PADDED)
         v = load_tile_where(rows + HEAD_SIZE, is_key, HEAD_SIZE, HEAD_PADDED)
         visible = is_key[None, :]
-        if NUM_KEPT > 1:
-            tile_rank = first_token // BLOCK_SIZE % NUM_KEPT
-            attends = (in_window | (row_ranks == tile_rank))[:, None]
+        if NUM_KEPT != 1:
+            if NUM_KEPT == VARYING:
+                tile_rank = first_token // BLOCK_SIZE % tl.maximum(num_kept, 1)
+                attends = in_window | (row_ranks == tile_rank) | (row_ranks == ALL_RESIDUES)
+            else:
+                attends = in_window | (row_ranks == first_token // BLOCK_SIZE % NUM_KEPT)
+            attends = attends[:, None]
             visible = visible & attends
         logits = tl.where(visible, query_key(queries, k), float("-inf"))
         new_acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, scale_log2)
-        if NUM_KEPT > 1:  # a weight of zero does not keep the NaN of another head's block away
+        if NUM_KEPT != 1:  # a weight of zero does not keep the NaN of another head's block away
             new_acc = tl.where(attends, new_acc, acc)
         acc = new_acc
     return acc, row_max, row_sum
@@ -146,7 +188,8 @@ def paged_decode_fwd_kernel(
     strided_table,
     query_start_loc,  # [requests + 1]
     seq_lens,  # [requests]
-    kept_residues,  # [num_kv_heads, num_kept]
+    kept_residues,  # [virtual heads]
+    first_kept,  # [num_kv_heads + 1]
     ranks,  # [num_heads]
     out,  # as q
     partial,  # [programs, 2, group_size, head_size]: of a KV head begun by an earlier program; by this one
@@ -170,11 +213,15 @@ def paged_decode_fwd_kernel(
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     PAGE_SLOTS: tl.constexpr,
+    RESIDUE_SLOTS: tl.constexpr,
+    NUM_VIRTUAL_HEADS: tl.constexpr,
+    SINK_BLOCKS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     LOCAL_BLOCKS: tl.constexpr,
     VERT_STRIDE: tl.constexpr,
     NUM_KEPT: tl.constexpr,
     KEPT_PADDED: tl.constexpr,
+    HEADS_PADDED: tl.constexpr,
     REQUESTS_PADDED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -188,11 +235,12 @@ def paged_decode_fwd_kernel(
         seq_lens,
         num_requests,
         NUM_KV_HEADS,
+        NUM_VIRTUAL_HEADS,
         REQUESTS_PADDED,
+        SINK_BLOCKS,
         BLOCK_SIZE,
         LOCAL_BLOCKS,
         VERT_STRIDE,
-        NUM_KEPT,
         BLOCK_N,
     )
     num_items = tl.max(ends, 0)
@@ -212,10 +260,23 @@ def paged_decode_fwd_kernel(
         request_start = tl.max(tl.where(ends <= item, ends, 0), 0)
         token = tl.load(query_start_loc + request).to(tl.int64)
         seq_len = tl.load(seq_lens + request)
-        head_items = items_per_head(seq_len, BLOCK_SIZE, LOCAL_BLOCKS, VERT_STRIDE, NUM_KEPT, BLOCK_N)
-        kv_head = (item - request_start) // head_items
-        first = (item - request_start) % head_items
-        stop = tl.minimum(head_items, first + end - item)
+        per_head, per_residue = item_counts(
+            seq_len, SINK_BLOCKS, BLOCK_SIZE, LOCAL_BLOCKS, VERT_STRIDE, BLOCK_N
+        )
+        kv_head = head_of_item(
+            item - request_start, per_head, per_residue, first_kept, NUM_KV_HEADS, NUM_KEPT, HEADS_PADDED
+        )
+        head_start, num_head_items = head_items(kv_head, per_head, per_residue, first_kept, NUM_KEPT)
+        first = item - request_start - head_start
+        stop = tl.minimum(num_head_items, first + end - item)
+        if NUM_KEPT == VARYING:
+            first_virtual = tl.load(first_kept + kv_head)
+            num_kept = tl.load(first_kept + kv_head + 1) - first_virtual
+            residues = kept_residues + first_virtual
+        else:
+            first_virtual = kv_head
+            num_kept = NUM_KEPT
+            residues = kept_residues + kv_head * NUM_KEPT
 
         heads = kv_head * GROUP_SIZE + rows
         q_rows = q + token * q_stride_token + heads.to(tl.int64) * q_stride_head
@@ -227,10 +288,13 @@ def paged_decode_fwd_kernel(
             stop,
             seq_len,
             window_cache + kv_head.to(tl.int64) * window_stride_head,
-            strided_cache + kv_head.to(tl.int64) * strided_stride_head,
+            strided_cache + first_virtual.to(tl.int64) * strided_stride_head,
             window_table + request.to(tl.int64) * window_table_stride,
             strided_table + request.to(tl.int64) * strided_table_stride,
-            kept_residues + kv_head * NUM_KEPT,
+            residues,
+            num_kept,
+            # Pages without a slot of the head are never looked up, but divided by their slots.
+            tl.maximum(num_kept, 1) * RESIDUE_SLOTS,
             window_stride_page,
             window_stride_slot,
             strided_stride_page,
@@ -239,6 +303,7 @@ def paged_decode_fwd_kernel(
             HEAD_SIZE,
             HEAD_PADDED,
             PAGE_SLOTS,
+            SINK_BLOCKS,
             BLOCK_SIZE,
             LOCAL_BLOCKS,
             VERT_STRIDE,
@@ -251,7 +316,7 @@ def paged_decode_fwd_kernel(
         has_keys = row_sum > 0
         row_sum = tl.where(has_keys, row_sum, 1.0)
         result = acc / row_sum[:, None]
-        if (first == 0) & (stop == head_items):
+        if (first == 0) & (stop == num_head_items):
             out_rows = out + token * out_stride_token + heads.to(tl.int64) * out_stride_head
             tl.store(out_rows[:, None] + dims, result.to(out.dtype.element_ty), mask=is_element)
         else:
@@ -303,7 +368,9 @@ def prepare_decode(
     head_size = q.shape[2]
     num_requests = len(requests.seq_lens)
     head_padded = padded_head_size(head_size)
-    config = decode_config(head_padded, pattern.block_size, pattern.num_kept, q.dtype)
+    layout = TierLayout.of_caches(pattern, requests.window_cache.shape[2], requests.strided_cache.shape[2])
+    most_kept = max(map(len, pattern.kept_residues))
+    config = decode_config(head_padded, pattern.block_size, max(1, most_kept), q.dtype)
     programs_per_processor = config.pop("programs_per_processor")
     if num_programs is None:
         num_programs = programs_per_processor * num_multiprocessors(q.device)
@@ -315,10 +382,12 @@ def prepare_decode(
         "GROUP_SIZE": pattern.group_size,
         "HEAD_SIZE": head_size,
         "HEAD_PADDED": head_padded,
+        "NUM_VIRTUAL_HEADS": pattern.num_virtual_heads,
+        "SINK_BLOCKS": limits.sink_blocks(pattern),
         "BLOCK_SIZE": pattern.block_size,
-        "LOCAL_BLOCKS": local_blocks(pattern),
+        "LOCAL_BLOCKS": limits.local_blocks(pattern),
         "VERT_STRIDE": pattern.vert_stride,
-        "NUM_KEPT": pattern.num_kept,
+        "NUM_KEPT": limits.num_kept(pattern),
         "REQUESTS_PADDED": max(MIN_REQUESTS_PADDED, triton.next_power_of_2(num_requests)),
         "BLOCK_N": config.pop("BLOCK_N"),
         "USE_PDL": _has_pdl(q.device),
@@ -327,6 +396,7 @@ def prepare_decode(
         "q": q,
         **requests._asdict(),
         "kept_residues": tables.kept,
+        "first_kept": tables.first_kept,
         "ranks": tables.rank,
         "out": out,
         "partial": partial,
@@ -335,15 +405,17 @@ def prepare_decode(
         "num_requests": num_requests,
         **attend_strides(q, requests, out),
         "PAGE_SLOTS": requests.window_cache.shape[2],
-        "KEPT_PADDED": triton.next_power_of_2(pattern.num_kept),
+        "RESIDUE_SLOTS": layout.residue_slots,
+        "KEPT_PADDED": triton.next_power_of_2(max(1, most_kept)),
+        "HEADS_PADDED": triton.next_power_of_2(pattern.num_kv_heads),
         "BLOCK_M": max(MIN_DOT_SIZE, triton.next_power_of_2(pattern.group_size)),
         **schedule,
     }
-    varying = ("q", "window_cache", "strided_cache", "out", "kept_residues", "ranks")
+    varying = ("q", "window_cache", "strided_cache", "out", "kept_residues", "first_kept", "ranks")
     launch = KernelLaunch(paged_decode_fwd_kernel, (num_programs,), arguments, varying, **config)
     combine = None
     if num_programs > 1:
-        combine = prepare_combine(partial, lse, out, requests, pattern, schedule)
+        combine = prepare_combine(partial, lse, out, requests, pattern, schedule, tables.first_kept)
 
     def attend(
         q: torch.Tensor,
@@ -352,8 +424,8 @@ def prepare_decode(
         out: torch.Tensor,
         tables: HeadTables,
     ) -> None:
-        launch(q, window_cache, strided_cache, out, tables.kept, tables.rank)
+        launch(q, window_cache, strided_cache, out, tables.kept, tables.first_kept, tables.rank)
         if combine is not None:
-            combine(out)
+            combine(out, tables.first_kept)
 
     return attend

@@ -8,7 +8,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from s2_kernels.launch.handle import KernelLaunch
-from s2_kernels.paged.decode_schedule import items_per_head, num_splits, request_ends, split_of_item
+from s2_kernels.paged.decode_schedule import head_items, item_counts, num_splits, request_ends, split_of_item
 from s2_kernels.paged.requests import PagedRequests
 from s2_kernels.pattern import S2Pattern
 from s2_kernels.tiles import load_tile_where
@@ -25,6 +25,7 @@ def paged_decode_combine_kernel(
     out,  # [tokens, num_heads, head_size]
     query_start_loc,  # [requests + 1]
     seq_lens,  # [requests]
+    first_kept,  # [num_kv_heads + 1]
     num_requests,
     num_programs,
     out_stride_token: tl.int64,
@@ -33,6 +34,8 @@ def paged_decode_combine_kernel(
     GROUP_SIZE: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
+    NUM_VIRTUAL_HEADS: tl.constexpr,
+    SINK_BLOCKS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     LOCAL_BLOCKS: tl.constexpr,
     VERT_STRIDE: tl.constexpr,
@@ -48,11 +51,12 @@ def paged_decode_combine_kernel(
         seq_lens,
         num_requests,
         NUM_KV_HEADS,
+        NUM_VIRTUAL_HEADS,
         REQUESTS_PADDED,
+        SINK_BLOCKS,
         BLOCK_SIZE,
         LOCAL_BLOCKS,
         VERT_STRIDE,
-        NUM_KEPT,
         BLOCK_N,
     )
     request = tl.program_id(0)
@@ -69,11 +73,12 @@ def paged_decode_combine_kernel(
 
     num_items = tl.max(ends, 0)
     splits = num_splits(num_items, num_programs)
-    head_items = items_per_head(seq_len, BLOCK_SIZE, LOCAL_BLOCKS, VERT_STRIDE, NUM_KEPT, BLOCK_N)
+    per_head, per_residue = item_counts(seq_len, SINK_BLOCKS, BLOCK_SIZE, LOCAL_BLOCKS, VERT_STRIDE, BLOCK_N)
+    head_start, num_head_items = head_items(head // GROUP_SIZE, per_head, per_residue, first_kept, NUM_KEPT)
     request_start = tl.max(tl.where(tl.arange(0, REQUESTS_PADDED) < request, ends, 0), 0)
-    item = request_start + head // GROUP_SIZE * head_items
+    item = request_start + head_start
     first = split_of_item(item, num_items, splits)
-    last = split_of_item(item + head_items - 1, num_items, splits)
+    last = split_of_item(item + num_head_items - 1, num_items, splits)
     if first == last:
         return
 
@@ -115,14 +120,18 @@ def prepare_combine(
     requests: PagedRequests,
     pattern: S2Pattern,
     schedule: dict[str, int],
+    first_kept: torch.Tensor,
 ) -> KernelLaunch:
     """What fills the rows of `out`, or of one like it, that the first kernel has left to this one.
+
+    It is called with that tensor and a `first_kept`.
 
     Args:
         partial, lse, out: as the kernel documents them.
         requests: of the batch.
         pattern: of the heads.
         schedule: compile-time constants of the first kernel, which must be the same here.
+        first_kept: of the pattern's tables.
     """
     num_programs = partial.shape[0]
     num_requests = len(requests.seq_lens)
@@ -133,6 +142,7 @@ def prepare_combine(
         "out": out,
         "query_start_loc": requests.query_start_loc,
         "seq_lens": requests.seq_lens,
+        "first_kept": first_kept,
         "num_requests": num_requests,
         "num_programs": num_programs,
         "out_stride_token": out.stride(0),
@@ -144,7 +154,7 @@ def prepare_combine(
         paged_decode_combine_kernel,
         (num_requests, pattern.num_heads),
         arguments,
-        ("out",),
+        ("out", "first_kept"),
         num_warps=max(1, chunk * schedule["HEAD_PADDED"] // ELEMENTS_PER_WARP),
         **({"launch_pdl": True} if schedule["USE_PDL"] else {}),
     )

@@ -40,7 +40,7 @@ def write(
         key, value: [tokens, num_kv_heads, head_size], any strides (for Triton with a contiguous last
             dimension). May have more tokens than the slots (a padded batch), or fewer: the surplus of either
             is ignored.
-        window_cache, strided_cache: [pages, num_kv_heads, page_slots, 2 * head_size], likewise.
+        window_cache, strided_cache: the two tiers (`s2_kernels.layout`), strides likewise.
         window_slots: int64 [tokens], page * page_slots + slot.
         strided_slots: int64 [tokens], page * strided_page_tokens + position mod strided_page_tokens, as vLLM
             computes it. A token with -1 in either is padding and skipped.
@@ -241,7 +241,7 @@ def prepare_attend(
         else:
             from s2_kernels.paged import torch_path
 
-            torch_path.paged_attention(q, these, pattern, scale, out, tables)
+            torch_path.paged_attention(q, these, pattern, scale, out)
 
     return call
 

@@ -11,10 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
+from s2_kernels import layout as layouts
+from s2_kernels import pattern as patterns
+from s2_kernels.launch import limits
 from s2_kernels.launch.configs import launch_config, shape_key
 from s2_kernels.launch.handle import KernelLaunch
-from s2_kernels.launch.limits import LOG2_E, MIN_DOT_SIZE, local_blocks, padded_head_size
-from s2_kernels.layout import HeadTables
+from s2_kernels.launch.limits import LOG2_E, MIN_DOT_SIZE, padded_head_size
+from s2_kernels.layout import HeadTables, TierLayout
 from s2_kernels.paged.calls import AttendCall, attend_strides
 from s2_kernels.paged.requests import UNALIGNED, PagedRequests
 from s2_kernels.pattern import S2Pattern
@@ -28,6 +31,10 @@ from s2_kernels.tiles import (
     query_key,
     softmax_step,
 )
+
+VARYING = tl.constexpr(limits.VARYING)
+ALL_RESIDUES = tl.constexpr(layouts.ALL_RESIDUES)
+NO_RESIDUE = tl.constexpr(patterns.NO_RESIDUE)
 
 first_tile_of = triton.jit(first_tile)
 
@@ -46,10 +53,10 @@ def request_of_tile(query_start_loc, tile, num_requests, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def strided_token(n, rank, BLOCK_SIZE: tl.constexpr, NUM_KEPT: tl.constexpr, BLOCK_N: tl.constexpr):
+def strided_token(n, rank, num_kept, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """The strided tier's token that tile n of the blocks of one kept residue starts with."""
     TILES: tl.constexpr = BLOCK_SIZE // BLOCK_N
-    return (n // TILES * NUM_KEPT + rank) * BLOCK_SIZE + n % TILES * BLOCK_N
+    return (n // TILES * num_kept + rank) * BLOCK_SIZE + n % TILES * BLOCK_N
 
 
 @triton.jit
@@ -70,6 +77,9 @@ def attend_rows(
     strided_table,
     residue,
     rank,
+    stride,  # of the head's strided blocks, and how many of its KV head are between them
+    num_kept,
+    strided_page_slots,  # of the KV head
     out,  # as q
     scale_log2,
     q_stride_token,
@@ -81,10 +91,9 @@ def attend_rows(
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     PAGE_SLOTS: tl.constexpr,
+    SINK_BLOCKS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     LOCAL_BLOCKS: tl.constexpr,
-    VERT_STRIDE: tl.constexpr,
-    NUM_KEPT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ISOLATE: tl.constexpr,
@@ -113,47 +122,72 @@ def attend_rows(
 
     # Strided blocks older than the window: of all rows, then of the last rows only.
     TILES: tl.constexpr = BLOCK_SIZE // BLOCK_N
-    tiles_all = tl.maximum(first_block - LOCAL_BLOCKS - residue + VERT_STRIDE, 0) // VERT_STRIDE * TILES
-    tiles_any = tl.maximum(last_block - LOCAL_BLOCKS - residue + VERT_STRIDE, 0) // VERT_STRIDE * TILES
-    first_token = strided_token(0, rank, BLOCK_SIZE, NUM_KEPT, BLOCK_N)
-    page = tl.load(strided_table + first_token // PAGE_SLOTS, mask=tiles_any > 0, other=0)
-    for n in range(0, tiles_all):
-        first_token = strided_token(n, rank, BLOCK_SIZE, NUM_KEPT, BLOCK_N)
+    tiles_all = tl.maximum(first_block - LOCAL_BLOCKS - residue + stride, 0) // stride * TILES
+    tiles_any = tl.maximum(last_block - LOCAL_BLOCKS - residue + stride, 0) // stride * TILES
+    first_strided = 0
+    if SINK_BLOCKS > 0:
+        first_strided = tl.maximum(SINK_BLOCKS - residue + stride - 1, 0) // stride * TILES
+    first_token = strided_token(first_strided, rank, num_kept, BLOCK_SIZE, BLOCK_N)
+    page = tl.load(strided_table + first_token // strided_page_slots, mask=tiles_any > first_strided, other=0)
+    for n in range(first_strided, tiles_all):
+        first_token = strided_token(n, rank, num_kept, BLOCK_SIZE, BLOCK_N)
         k, v = load_kv(
             strided_cache,
             page,
             first_token,
             strided_stride_page,
             strided_stride_slot,
-            PAGE_SLOTS,
+            strided_page_slots,
             BLOCK_N,
             HEAD_SIZE,
             HEAD_PADDED,
         )
-        next_token = strided_token(tl.minimum(n + 1, tiles_any - 1), rank, BLOCK_SIZE, NUM_KEPT, BLOCK_N)
-        page = tl.load(strided_table + next_token // PAGE_SLOTS)
+        next_token = strided_token(tl.minimum(n + 1, tiles_any - 1), rank, num_kept, BLOCK_SIZE, BLOCK_N)
+        page = tl.load(strided_table + next_token // strided_page_slots)
         logits = query_key(queries, k)
         acc, row_max, row_sum = softmax_step(logits, v, acc, row_max, row_sum, scale_log2)
-    for n in range(tiles_all, tiles_any):
-        first_token = strided_token(n, rank, BLOCK_SIZE, NUM_KEPT, BLOCK_N)
+    for n in range(tl.maximum(first_strided, tiles_all), tiles_any):
+        first_token = strided_token(n, rank, num_kept, BLOCK_SIZE, BLOCK_N)
         k, v = load_kv(
             strided_cache,
             page,
             first_token,
             strided_stride_page,
             strided_stride_slot,
-            PAGE_SLOTS,
+            strided_page_slots,
             BLOCK_N,
             HEAD_SIZE,
             HEAD_PADDED,
         )
-        next_token = strided_token(tl.minimum(n + 1, tiles_any - 1), rank, BLOCK_SIZE, NUM_KEPT, BLOCK_N)
-        page = tl.load(strided_table + next_token // PAGE_SLOTS)
-        block_start = (n // TILES * VERT_STRIDE + residue) * BLOCK_SIZE
+        next_token = strided_token(tl.minimum(n + 1, tiles_any - 1), rank, num_kept, BLOCK_SIZE, BLOCK_N)
+        page = tl.load(strided_table + next_token // strided_page_slots)
+        block_start = (n // TILES * stride + residue) * BLOCK_SIZE
         is_older = block_start < window_starts
         acc, row_max, row_sum = masked_softmax_step(
             query_key(queries, k), is_older[:, None], v, acc, row_max, row_sum, scale_log2, ISOLATE
         )
+
+    # The sinks that are older than the window.
+    if SINK_BLOCKS > 0:
+        sink_tiles = tl.minimum(tl.maximum(last_block - LOCAL_BLOCKS + 1, 0), SINK_BLOCKS) * TILES
+        for n in range(0, sink_tiles):
+            first_token = n * BLOCK_N
+            page = tl.load(window_table + first_token // PAGE_SLOTS)
+            k, v = load_kv(
+                window_cache,
+                page,
+                first_token,
+                window_stride_page,
+                window_stride_slot,
+                PAGE_SLOTS,
+                BLOCK_N,
+                HEAD_SIZE,
+                HEAD_PADDED,
+            )
+            is_older = first_token < window_starts
+            acc, row_max, row_sum = masked_softmax_step(
+                query_key(queries, k), is_older[:, None], v, acc, row_max, row_sum, scale_log2, ISOLATE
+            )
 
     # The part of the window that every row sees, then its old and its causal edge.
     window_first = tl.maximum(first_block - LOCAL_BLOCKS + 1, 0)
@@ -227,6 +261,7 @@ def paged_prefill_fwd_kernel(
     seq_lens,  # [requests]
     residues,  # [num_heads]
     ranks,  # [num_heads]
+    first_kept,  # [num_kv_heads + 1]
     out,  # as q
     scale_log2,
     num_requests,
@@ -246,6 +281,8 @@ def paged_prefill_fwd_kernel(
     HEAD_SIZE: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     PAGE_SLOTS: tl.constexpr,
+    RESIDUE_SLOTS: tl.constexpr,
+    SINK_BLOCKS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     LOCAL_BLOCKS: tl.constexpr,
     VERT_STRIDE: tl.constexpr,
@@ -266,13 +303,28 @@ def paged_prefill_fwd_kernel(
     head = tl.program_id(0)
     kv_head = (head // GROUP_SIZE).to(tl.int64)
     window_cache += kv_head * window_stride_head
-    strided_cache += kv_head * strided_stride_head
     window_table += request.to(tl.int64) * window_table_stride
     strided_table += request.to(tl.int64) * strided_table_stride
 
     context_len = tl.load(seq_lens + request) - query_len
     residue = tl.load(residues + head)
     rank = tl.load(ranks + head)
+    if NUM_KEPT == VARYING:
+        first_virtual = tl.load(first_kept + kv_head).to(tl.int64)
+        num_kept = tl.load(first_kept + kv_head + 1) - first_virtual.to(tl.int32)
+        strided_page_slots = tl.maximum(num_kept, 1) * RESIDUE_SLOTS
+        # A full head is one of stride 1; a streaming head has a residue that no block comes to.
+        is_full = rank == ALL_RESIDUES
+        stride = tl.where(is_full, 1, VERT_STRIDE)
+        num_kept = tl.where(is_full, 1, num_kept)
+        residue = tl.where(is_full, 0, tl.where(rank == NO_RESIDUE, 1 << 30, residue))
+        rank = tl.maximum(rank, 0)
+    else:
+        first_virtual = kv_head
+        num_kept = NUM_KEPT
+        strided_page_slots = PAGE_SLOTS
+        stride = VERT_STRIDE
+    strided_cache += first_virtual * strided_stride_head
     q += query_start.to(tl.int64) * q_stride_token + head.to(tl.int64) * q_stride_head
     out += query_start.to(tl.int64) * out_stride_token + head.to(tl.int64) * out_stride_head
     is_nan = attend_rows(
@@ -286,6 +338,9 @@ def paged_prefill_fwd_kernel(
         strided_table,
         residue,
         rank,
+        stride,
+        num_kept,
+        strided_page_slots,
         out,
         scale_log2,
         q_stride_token,
@@ -297,10 +352,9 @@ def paged_prefill_fwd_kernel(
         HEAD_SIZE,
         HEAD_PADDED,
         PAGE_SLOTS,
+        SINK_BLOCKS,
         BLOCK_SIZE,
         LOCAL_BLOCKS,
-        VERT_STRIDE,
-        NUM_KEPT,
         BLOCK_M,
         BLOCK_N,
         ISOLATE=False,
@@ -321,6 +375,9 @@ def paged_prefill_fwd_kernel(
                 strided_table,
                 residue,
                 rank,
+                stride,
+                num_kept,
+                strided_page_slots,
                 out,
                 scale_log2,
                 q_stride_token,
@@ -332,10 +389,9 @@ def paged_prefill_fwd_kernel(
                 HEAD_SIZE,
                 HEAD_PADDED,
                 PAGE_SLOTS,
+                SINK_BLOCKS,
                 BLOCK_SIZE,
                 LOCAL_BLOCKS,
-                VERT_STRIDE,
-                NUM_KEPT,
                 MIN_TILE,
                 MIN_TILE,
                 ISOLATE=True,
@@ -369,12 +425,14 @@ def prepare_prefill(
     num_tokens, num_heads, head_size = q.shape
     num_requests = len(requests.seq_lens)
     head_padded = padded_head_size(head_size)
+    layout = TierLayout.of_caches(pattern, requests.window_cache.shape[2], requests.strided_cache.shape[2])
     config = prefill_config(head_padded, pattern.block_size, q.dtype)
     arguments = {
         "q": q,
         **requests._asdict(),
         "residues": tables.residue,
         "ranks": tables.rank,
+        "first_kept": tables.first_kept,
         "out": out,
         "scale_log2": scale * LOG2_E,
         "num_requests": num_requests,
@@ -383,16 +441,18 @@ def prepare_prefill(
         "HEAD_SIZE": head_size,
         "HEAD_PADDED": head_padded,
         "PAGE_SLOTS": requests.window_cache.shape[2],
+        "RESIDUE_SLOTS": layout.residue_slots,
+        "SINK_BLOCKS": limits.sink_blocks(pattern),
         "BLOCK_SIZE": pattern.block_size,
-        "LOCAL_BLOCKS": local_blocks(pattern),
+        "LOCAL_BLOCKS": limits.local_blocks(pattern),
         "VERT_STRIDE": pattern.vert_stride,
-        "NUM_KEPT": pattern.num_kept,
+        "NUM_KEPT": limits.num_kept(pattern),
         "MIN_TILE": MIN_DOT_SIZE,
         "BLOCK_M": config.pop("BLOCK_M"),
         "BLOCK_N": config.pop("BLOCK_N"),
     }
     grid = (num_heads, first_tile(num_tokens, num_requests, arguments["BLOCK_M"]))
-    varying = ("q", "window_cache", "strided_cache", "out", "residues", "ranks")
+    varying = ("q", "window_cache", "strided_cache", "out", "residues", "ranks", "first_kept")
     launch = KernelLaunch(paged_prefill_fwd_kernel, grid, arguments, varying, **config)
 
     def attend(
@@ -402,6 +462,6 @@ def prepare_prefill(
         out: torch.Tensor,
         tables: HeadTables,
     ) -> None:
-        launch(q, window_cache, strided_cache, out, tables.residue, tables.rank)
+        launch(q, window_cache, strided_cache, out, tables.residue, tables.rank, tables.first_kept)
 
     return attend

@@ -6,12 +6,16 @@ fills the logits, and a second one, over the values, applies the weights.
 
 Query heads are ordered by KV head and rank of residue, because those that agree in both read the same
 strided blocks: one matrix product per such group, and one per KV head for the window.
+
+Neighbouring KV heads of one kind (full, streaming, strided) are taken together. A full head is one of stride
+1, and a streaming head one that has no strided blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -40,14 +44,14 @@ def write_cache(
 
     Args:
         key, value: [tokens, num_kv_heads, head_size].
-        window_cache, strided_cache: [pages, num_kv_heads, page_slots, 2 * head_size], any strides.
+        window_cache, strided_cache: the two tiers, see `s2_kernels.layout`; any strides.
         window_slots: int64 [tokens], page * page_slots + slot.
         strided_slots: int64 [tokens], page * strided_page_tokens + position mod
             strided_page_tokens, as vLLM computes it. A token with -1 in either is padding and skipped.
         pattern: the pattern of these heads.
         tables: its tables.
     """
-    layout = TierLayout(pattern, window_cache.shape[2])
+    layout = TierLayout.of_caches(pattern, window_cache.shape[2], strided_cache.shape[2])
     states = torch.cat([key, value], dim=-1).to(window_cache.dtype)
 
     tokens = ((window_slots >= 0) & (strided_slots >= 0)).nonzero().flatten()
@@ -59,10 +63,12 @@ def write_cache(
     block = local_position // pattern.block_size
     rank = tables.rank_of_residue[:, block % pattern.vert_stride]
     head, kept = (rank >= 0).nonzero(as_tuple=True)
-    sub_block = block[kept] // pattern.vert_stride * pattern.num_kept + rank[head, kept]
+    sub_block = block[kept] // pattern.vert_stride * tables.first_kept.diff()[head] + rank[head, kept]
     slot = sub_block * pattern.block_size + local_position[kept] % pattern.block_size
     page = slots[kept] // layout.strided_page_tokens
-    strided_cache[page, head, slot] = states[tokens[kept], head]
+    first_row = head if pattern.kinds is None else tables.first_kept[head]
+    row_slots = layout.strided_shape[1]
+    strided_cache[page, first_row + slot // row_slots, slot % row_slots] = states[tokens[kept], head]
 
 
 def paged_attention(
@@ -71,7 +77,6 @@ def paged_attention(
     pattern: S2Pattern,
     scale: float,
     out: torch.Tensor,
-    tables: HeadTables,
 ) -> None:
     """S2-Attention of a batch of requests whose keys and values are in the two paged tiers.
 
@@ -84,11 +89,90 @@ def paged_attention(
         pattern: the pattern of these heads.
         scale: factor on the logits.
         out: [tokens, num_heads, head_size], written for the tokens that belong to requests.
-        tables: of the pattern.
     """
+    layout = TierLayout.of_caches(pattern, requests.window_cache.shape[2], requests.strided_cache.shape[2])
+    scratch = _Scratch.allocate(requests, torch.promote_types(q.dtype, torch.float32))
+    for part in _parts(layout, q.device):
+        _attend_part(q[:, part.heads], part.of(requests), part, scale, out[:, part.heads], scratch)
+
+
+class _Part(NamedTuple):
+    """Neighbouring KV heads of one kind.
+
+    Attributes:
+        layout: of these KV heads, with a residue of each query head; 0 of 1 for full heads.
+        kept: int64 [num_kv_heads, num_kept, 1], the kept residues.
+        has_strided: whether they have strided blocks.
+        heads, kv_heads, rows: of the query heads, the window tier and the strided tier.
+    """
+
+    layout: TierLayout
+    kept: torch.Tensor
+    has_strided: bool
+    heads: slice
+    kv_heads: slice
+    rows: slice
+
+    def of(self, requests: PagedRequests) -> PagedRequests:
+        """The requests with the part's heads of the caches."""
+        strided = requests.strided_cache[:, self.rows]
+        if self.has_strided:
+            heads, num_kept, _ = self.kept.shape
+            slots = self.layout.residue_slots * num_kept
+            strided = strided.view(len(strided), heads, slots, strided.shape[-1])
+        return requests._replace(window_cache=requests.window_cache[:, self.kv_heads], strided_cache=strided)
+
+
+@lru_cache(maxsize=64)
+def _parts(layout: TierLayout, device: torch.device) -> tuple[_Part, ...]:
+    pattern = layout.pattern
+    kinds = [
+        "full" if h in pattern.full_heads else "strided" if kept else "streaming"
+        for h, kept in enumerate(pattern.kept_residues)
+    ]
+    parts, first = [], 0
+    for kind, run in groupby(kinds):
+        end = first + len(list(run))
+        parts.append(_part(layout, device, kind, first, end))
+        first = end
+    return tuple(parts)
+
+
+def _part(layout: TierLayout, device: torch.device, kind: str, first: int, end: int) -> _Part:
+    """The part of the KV heads `first` to `end` - 1, which are of one kind."""
+    pattern = layout.pattern
+    heads = slice(first * pattern.group_size, end * pattern.group_size)
+    stride, residues, residue_slots = 1, (0,) * (heads.stop - heads.start), layout.residue_slots
+    if kind == "strided":
+        stride, residues = pattern.vert_stride, pattern.residues[heads]
+    elif kind == "full":
+        residue_slots *= pattern.vert_stride
+    part = S2Pattern(
+        pattern.block_size, pattern.local_blocks, stride, residues, end - first, pattern.sink_blocks
+    )
+    row_ends = (*pattern.first_virtual_heads, pattern.num_virtual_heads)
+    rows = slice(first, end) if pattern.kinds is None else slice(row_ends[first], row_ends[end])
+    return _Part(
+        TierLayout(part, layout.page_slots, residue_slots),
+        torch.tensor(part.kept_residues, device=device)[..., None],
+        kind != "streaming",
+        heads,
+        slice(first, end),
+        rows,
+    )
+
+
+def _attend_part(
+    q: torch.Tensor,
+    requests: PagedRequests,
+    part: _Part,
+    scale: float,
+    out: torch.Tensor,
+    scratch: _Scratch,
+) -> None:
+    """`paged_attention` of the heads of a part."""
     window_cache, strided_cache, window_table, strided_table, query_start_loc, seq_lens = requests
-    layout = TierLayout(pattern, window_cache.shape[2])
-    scratch = _Scratch.allocate(window_cache, torch.promote_types(q.dtype, torch.float32))
+    pattern = part.layout.pattern
     starts, lens = query_start_loc.tolist(), seq_lens.tolist()
     for n, seq_len in enumerate(lens):
         rows = _query_rows(pattern, seq_len)
@@ -96,10 +180,12 @@ def paged_attention(
             end = min(row + rows, starts[n + 1])
             position = seq_len - starts[n + 1] + row
             positions = torch.arange(position, position + end - row, device=q.device)
-            spans = (
-                _strided_span(strided_cache, strided_table[n], layout, tables, positions),
-                _window_span(window_cache, window_table[n], layout, positions),
-            )
+            spans = []
+            if part.has_strided:
+                spans.append(_strided_span(strided_cache, strided_table[n], part, positions))
+            spans.append(_window_span(window_cache, window_table[n], part.layout, positions))
+            if pattern.sink_blocks:
+                spans.append(_sink_span(window_cache, window_table[n], part.layout, positions))
             out[row:end] = _attend(q[row:end], spans, pattern, scale, scratch)
 
 
@@ -167,38 +253,53 @@ class _Span(NamedTuple):
         return torch.cat([shared, masked], dim=-1)
 
 
-def _strided_span(
-    cache: torch.Tensor,
-    table: torch.Tensor,
-    layout: TierLayout,
-    tables: HeadTables,
-    positions: torch.Tensor,
-) -> _Span:
-    pattern, per_page = layout.pattern, layout.super_blocks_per_page
-    b, s = pattern.block_size, pattern.vert_stride
+def _strided_span(cache: torch.Tensor, table: torch.Tensor, part: _Part, positions: torch.Tensor) -> _Span:
+    pattern, per_page = part.layout.pattern, part.layout.super_blocks_per_page
+    b, s, sinks = pattern.block_size, pattern.vert_stride, pattern.sink_blocks
     newest = positions // b - pattern.local_blocks
-    num_super_blocks = max(0, (int(newest[-1]) - min(pattern.residues)) // s + 1)
-    num_pages = -(-num_super_blocks // per_page)
-    num_shared = max(0, (int(newest[0]) + 1) // s)
+    first_kept = min(sinks + (residue - sinks) % s for residue in pattern.residues)
+    num_super_blocks = 0
+    if newest[-1] >= first_kept:
+        num_super_blocks = (int(newest[-1]) - min(pattern.residues)) // s + 1
+    end_page = -(-num_super_blocks // per_page)
+    first_page = min(first_kept // (s * per_page), end_page)
+    # Without sinks all queries share the first super-blocks.
+    num_shared = 0 if sinks else max(0, (int(newest[0]) + 1) // s)
 
-    super_block = torch.arange(num_shared, num_pages * per_page, device=cache.device)
-    block = super_block * s + tables.kept.view(pattern.num_kv_heads, pattern.num_kept, 1)
-    mask = block[:, :, None] <= newest[:, None]
+    super_block = torch.arange(first_page * per_page + num_shared, end_page * per_page, device=cache.device)
+    block = super_block * s + part.kept
+    mask = (block[:, :, None] <= newest[:, None]) & (block[:, :, None] >= sinks)
     pool = cache.unflatten(2, (per_page, pattern.num_kept, b))
-    return _Span(pool, table[:num_pages], num_shared * b, mask.repeat_interleave(b, dim=-1))
+    return _Span(pool, table[first_page:end_page], num_shared * b, mask.repeat_interleave(b, dim=-1))
 
 
 def _window_span(
     cache: torch.Tensor, table: torch.Tensor, layout: TierLayout, positions: torch.Tensor
 ) -> _Span:
-    pattern, page_tokens = layout.pattern, layout.window_page_tokens
-    oldest = (positions // pattern.block_size - pattern.local_blocks + 1) * pattern.block_size
+    page_tokens = layout.window_page_tokens
+    oldest = _oldest_of_window(layout.pattern, positions)
     first_page = max(0, int(oldest[0])) // page_tokens
     end_page = int(positions[-1]) // page_tokens + 1
 
     keys = torch.arange(first_page * page_tokens, end_page * page_tokens, device=cache.device)
     mask = (keys >= oldest[:, None]) & (keys <= positions[:, None])
     return _Span(cache[:, :, None, None], table[first_page:end_page], 0, mask[None, None])
+
+
+def _sink_span(
+    cache: torch.Tensor, table: torch.Tensor, layout: TierLayout, positions: torch.Tensor
+) -> _Span:
+    """The sinks that are older than the window."""
+    pattern, page_tokens = layout.pattern, layout.window_page_tokens
+    oldest = _oldest_of_window(pattern, positions).clamp(max=pattern.sink_blocks * pattern.block_size)
+    num_pages = -(-max(0, int(oldest[-1])) // page_tokens)
+    keys = torch.arange(num_pages * page_tokens, device=cache.device)
+    return _Span(cache[:, :, None, None], table[:num_pages], 0, (keys < oldest[:, None])[None, None])
+
+
+def _oldest_of_window(pattern: S2Pattern, positions: torch.Tensor) -> torch.Tensor:
+    """The first token of the window of each query; negative where it would begin before all tokens."""
+    return (positions // pattern.block_size - pattern.local_blocks + 1) * pattern.block_size
 
 
 class _Scratch(NamedTuple):
@@ -213,11 +314,12 @@ class _Scratch(NamedTuple):
     computed: torch.Tensor
 
     @classmethod
-    def allocate(cls, cache: torch.Tensor, dtype: torch.dtype) -> _Scratch:
+    def allocate(cls, requests: PagedRequests, dtype: torch.dtype) -> _Scratch:
         """Buffers for `_GATHER_BYTES` of the arithmetic's dtype, or one page where that is more."""
-        size = max(_GATHER_BYTES // dtype.itemsize, cache[0].numel() // 2)
-        stored = torch.empty(size, dtype=cache.dtype, device=cache.device)
-        return cls(stored, stored if cache.dtype == dtype else stored.to(dtype))
+        caches = (requests.window_cache, requests.strided_cache)
+        size = max(_GATHER_BYTES // dtype.itemsize, *(cache[0].numel() // 2 for cache in caches))
+        stored = torch.empty(size, dtype=caches[0].dtype, device=caches[0].device)
+        return cls(stored, stored if stored.dtype == dtype else stored.to(dtype))
 
     def gather(self, pool: torch.Tensor, pages: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (first key, [groups, keys, head_size]) for a few pages at a time.
@@ -243,7 +345,7 @@ class _Scratch(NamedTuple):
 
 def _attend(
     q: torch.Tensor,
-    spans: tuple[_Span, _Span],
+    spans: Sequence[_Span],
     pattern: S2Pattern,
     scale: float,
     scratch: _Scratch,
@@ -261,7 +363,7 @@ def _attend(
 
 
 def _weighted_values(
-    weights: torch.Tensor, spans: tuple[_Span, _Span], head_size: int, scratch: _Scratch, *, isolate: bool
+    weights: torch.Tensor, spans: Sequence[_Span], head_size: int, scratch: _Scratch, *, isolate: bool
 ) -> torch.Tensor:
     """The weighted sums of the values of all spans: [members, queries, head_size].
 
@@ -291,9 +393,7 @@ def _weighted_values(
     return out
 
 
-def _logits(
-    q: torch.Tensor, spans: tuple[_Span, _Span], pattern: S2Pattern, scratch: _Scratch
-) -> torch.Tensor:
+def _logits(q: torch.Tensor, spans: Sequence[_Span], pattern: S2Pattern, scratch: _Scratch) -> torch.Tensor:
     """Logits of [members, queries, head_size] over the keys of all spans, -inf where masked."""
     members, num_queries, head_size = q.shape
     num_keys = sum(span.num_keys for span in spans)
