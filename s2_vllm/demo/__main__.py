@@ -41,7 +41,7 @@ def _run(output: Path) -> None:
     print(report_batch("The long document again, other questions:", serve(llm, more_questions), plan))
     llm.llm_engine.engine_core.shutdown()
     print(report_plan(plan, DOCUMENT_TOKENS))
-    plan.pattern.draw(picture, num_blocks=32)
+    plan.patterns[0].draw(picture, num_blocks=32)
     print(f"Which blocks each head attends to: {picture}")
 
 
