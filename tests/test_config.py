@@ -12,7 +12,8 @@ from s2_kernels import config as kernels_config
 from s2_kernels.config import S2Config, S2ConfigError, find_config, find_model_config
 from s2_kernels.pattern import S2Pattern
 from s2_vllm import config
-from s2_vllm.plan import ModelGeometry, make_plan
+from s2_vllm.plan import ModelGeometry
+from s2_vllm.planning import make_plan
 
 LAYERS = 4
 
