@@ -41,6 +41,8 @@ def engine_config(max_model_len: int = 131072, max_num_batched_tokens: int = 204
 @cache
 def _bare_config() -> VllmConfig:
     config = VllmConfig()
+    # vLLM's default depends on the machine.
+    config.scheduler_config.async_scheduling = False
     config.cache_config.kv_cache_layout = "LBHNC"
     return config
 

@@ -171,8 +171,11 @@ def test_padding_is_zeros_and_gets_no_gradient(model: LlamaForCausalLM) -> None:
         assert out.shape == (2, 40, 4, 32)
         out.backward(torch.randn_like(out))
         assert torch.equal((out == 0).all(-1).all(-1), ~mask)
+        # A sequence's first query sees one key: its gradient is zero but for rounding.
+        first = mask & (mask.cumsum(1) == 1)
         for gradient in (q.grad, k.grad, v.grad):
-            assert torch.equal((gradient == 0).all(-1).all(1), ~mask)
+            zeros = (gradient == 0).all(-1).all(1)
+            assert torch.equal(zeros[~first], ~mask[~first])
 
 
 @pytest.mark.parametrize("layer", [0, 1])

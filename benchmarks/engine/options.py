@@ -97,7 +97,7 @@ def _add_engine_flags(group: Any) -> None:
     group.add_argument(
         "--max-model-len", type=positive_int, help="default: the model's, or what fits, if that is less"
     )
-    group.add_argument("--gpu-memory-utilization", type=_fraction, help="default: vLLM's")
+    group.add_argument("--gpu-memory-utilization", type=fraction, help="default: vLLM's")
     for name in ("kv-cache-memory-bytes", "max-num-batched-tokens", "max-num-seqs"):
         group.add_argument(f"--{name}", type=positive_int, help="default: vLLM's")
     group.add_argument("--enforce-eager", action="store_true", default=None, help="no compilation, no graphs")
@@ -147,7 +147,8 @@ def _objective(text: str) -> tuple[str, float]:
     return name, _positive(milliseconds)
 
 
-def _fraction(text: str) -> float:
+def fraction(text: str) -> float:
+    """An argument's value above 0 and at most 1; anything else is a usage error."""
     try:
         value = float(text)
     except ValueError:

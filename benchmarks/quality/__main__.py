@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from benchmarks.engine.options import fraction
 from benchmarks.quality import texts, vocabulary
 from benchmarks.quality.arms import ARMS, SERVED_LENGTH
 from benchmarks.quality.evaluate import TINY, Suite, evaluate
@@ -112,7 +113,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         def progress(what: str, arm: str = arm, start: float = start) -> None:
             print(f"\r{arm}, {time.monotonic() - start:.0f} s: {what:60}", end="", flush=True)
 
-        with _engine(options.models / arm, suite) as llm:
+        with _engine(options.models / arm, suite, options.gpu_memory_utilization) as llm:
             for record in evaluate(llm, text, suite, progress):
                 if record["task"] == "loss":
                     record |= {**known, "losses": facts["losses"]}
@@ -122,7 +123,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _engine(folder: Path, suite: Suite) -> Iterator[LLM]:
+def _engine(folder: Path, suite: Suite, memory: float | None) -> Iterator[LLM]:
     """The engine that serves a model, in this process; its state is gone afterwards."""
     import os
 
@@ -138,6 +139,7 @@ def _engine(folder: Path, suite: Suite) -> Iterator[LLM]:
         max_model_len=max(*suite.lengths, suite.loss_length) + 1,
         enforce_eager=not is_gpu,
         **({} if is_gpu else {"kv_cache_memory_bytes": 1 << 28}),
+        **({} if memory is None else {"gpu_memory_utilization": memory}),
     )
     try:
         yield llm
@@ -164,6 +166,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     evaluate = commands.add_parser("evaluate", help="serve trained arms and ask them for pass keys")
     evaluate.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: all that are trained")
     evaluate.add_argument("--lengths", nargs="+", type=positive_int, metavar="TOKENS")
+    evaluate.add_argument("--gpu-memory-utilization", type=fraction, metavar="SHARE", help="default: vLLM's")
     evaluate.add_argument("--output", type=Path, default=OUTPUT)
     for command in (train, evaluate):
         command.add_argument("--models", type=Path, default=MODELS, help="folder, default: %(default)s")
