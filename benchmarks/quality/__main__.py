@@ -113,7 +113,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         def progress(what: str, arm: str = arm, start: float = start) -> None:
             print(f"\r{arm}, {time.monotonic() - start:.0f} s: {what:60}", end="", flush=True)
 
-        with _engine(options.models / arm, suite, options.gpu_memory_utilization) as llm:
+        with _engine(options, arm, suite) as llm:
             for record in evaluate(llm, text, suite, progress):
                 if record["task"] == "loss":
                     record |= {**known, "losses": facts["losses"]}
@@ -123,7 +123,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 @contextmanager
-def _engine(folder: Path, suite: Suite, memory: float | None) -> Iterator[LLM]:
+def _engine(options: argparse.Namespace, arm: str, suite: Suite) -> Iterator[LLM]:
     """The engine that serves a model, in this process; its state is gone afterwards."""
     import os
 
@@ -131,13 +131,13 @@ def _engine(folder: Path, suite: Suite, memory: float | None) -> Iterator[LLM]:
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    is_gpu = torch.cuda.is_available()
+    is_gpu, memory = torch.cuda.is_available(), options.gpu_memory_utilization
     llm = LLM(
-        str(folder),
+        str(options.models / arm),
         skip_tokenizer_init=True,
         dtype="bfloat16" if is_gpu else "float32",
         max_model_len=max(*suite.lengths, suite.loss_length) + 1,
-        enforce_eager=not is_gpu,
+        enforce_eager=options.tiny or not is_gpu,
         **({} if is_gpu else {"kv_cache_memory_bytes": 1 << 28}),
         **({} if memory is None else {"gpu_memory_utilization": memory}),
     )
