@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from benchmarks import plot
 from benchmarks.quality import __main__ as command
 from benchmarks.quality import arms, evaluate, figures, texts, train, vocabulary
-from benchmarks.quality.batches import ANSWER_WEIGHT, CURRICULUM, Batches
+from benchmarks.quality.batches import ANSWER, CURRICULUM, UNKNOWABLE, Batches
 from benchmarks.quality.model import load_facts, make_model
 from s2_kernels.config import S2Config
 from s2_kernels.reference import token_mask
@@ -65,7 +66,7 @@ def test_a_vocabulary_is_made_of_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_answer_is_the_question_answered() -> None:
     key = PassKey("falcon", 3999)
     assert tokens.decode(key.question + key.answer) == (
-        "\nWhat is the pass key of falcon? The pass key of falcon is 003999.<|endoftext|>"
+        "\nWhat is the pass key of falcon? It is falcon003999.<|endoftext|>"
     )
     for part, form in ((key.fact, passkeys.FACT), (key.answer, passkeys.ANSWER)):
         assert part == tokens.encode(form.format(name="falcon", number="003999"))
@@ -97,9 +98,9 @@ def make_batches(text: Tokens, **changed: Any) -> Batches:
 
 def test_a_batch_depends_on_seed_and_step_alone(text: Tokens) -> None:
     batches = make_batches(text)
-    batch = batches.batch(7)
-    assert all(np.array_equal(*pair) for pair in zip(batch, make_batches(text).batch(7), strict=True))
-    for other in (batches.batch(8), make_batches(text, seed=4).batch(7)):
+    batch = batches[7]
+    assert all(np.array_equal(*pair) for pair in zip(batch, make_batches(text)[7], strict=True))
+    for other in (batches[8], make_batches(text, seed=4)[7]):
         assert not np.array_equal(batch[0], other[0])
 
 
@@ -108,26 +109,29 @@ def test_sequences_grow(text: Tokens) -> None:
     lengths = [batches.length(step) for step in range(100)]
     assert sorted(set(lengths)) == [length for length, _ in CURRICULUM]
     assert lengths == sorted(lengths)
-    assert [batches.batch(step)[1].shape for step in (0, 99)] == [(64, 1024), (2, 32768)]
+    assert [batches[step][1].shape for step in (0, 40, 99)] == [(64, 256), (64, 1024), (2, 32768)]
+    assert batches.tokens(100) == sum(batches[step][1].size for step in range(100))
 
 
 @pytest.mark.parametrize("step", [0, 99], ids=["short", "long"])
 def test_what_is_asked_has_been_told(text: Tokens, step: int) -> None:
-    """And the numbers of answers, nothing else, count for more."""
-    sequences, weights = make_batches(text, tokens_per_step=32768).batch(step)
+    """And the numbers of answers, no others, are what recall is learned from."""
+    sequences, roles = make_batches(text, tokens_per_step=32768)[step]
     asked = 0
-    for sequence, weight in zip(sequences.tolist(), weights, strict=True):
+    for sequence, role in zip(sequences.tolist(), roles, strict=True):
         content = tokens.decode(sequence)
         for question in content.split("What is the pass key of ")[1:]:
             name, _, rest = question.partition("?")
-            number = rest.partition(" is ")[2][:6]
-            told = content.index(f"The pass key of {name} is {number}. Remember it.")
+            answer = rest.removeprefix(" It is ")[: len(name) + 6]
+            told = content.index(f"The pass key is {answer}. Remember it.")
             assert told < content.index(f"What is the pass key of {name}?")
             asked += 1
-        places = np.flatnonzero(weight == ANSWER_WEIGHT)
-        assert set(np.unique(weight)) <= {1.0, ANSWER_WEIGHT}
-        assert all(tokens.decode([sequence[place + 1]]).isdigit() for place in places)
-        assert len(places) % passkeys.NUMBER_TOKENS == 0
+        for kind, before in ((ANSWER, " It is"), (UNKNOWABLE, "The pass key is")):
+            places = np.flatnonzero(role == kind)
+            assert all(tokens.decode([sequence[place + 1]]).isdigit() for place in places)
+            assert len(places) % passkeys.NUMBER_TOKENS == 0
+            for place in places[:: passkeys.NUMBER_TOKENS]:
+                assert tokens.decode(sequence[: place + 1]).rpartition(" ")[0].endswith(before)
     assert asked > 20
 
 
@@ -204,8 +208,8 @@ class FakeLLM:
 
     def _output(self, prompt: list[int]) -> Any:
         name = tokens.decode(prompt).rpartition("What is the pass key of ")[2].rstrip("?")
-        _, _, found = tokens.decode(prompt[-self.reach :]).partition(f"of {name} is ")
-        answer = tokens.encode(f" The pass key of {name} is {found[:6] or '000000'}.")
+        found = re.search(rf"is {name}(\d{{6}})", tokens.decode(prompt[-self.reach :]))
+        answer = tokens.encode(f" It is {name}{found[1] if found else '000000'}.")
         return SimpleNamespace(outputs=[SimpleNamespace(token_ids=answer)])
 
 
@@ -277,9 +281,16 @@ def test_train_evaluate_and_plot(
     # Hardly trained: all tokens are about as likely.
     assert abs(loss["loss"] - np.log(tokens.VOCAB_SIZE)) < 0.3
     assert sum(r["samples"] for r in records if r["task"] == "passkey") == 10
+    assert command.main(["speed", "--tiny", "--repeat", "2", "--output", str(output)]) == 0
+    rates = {r["arm"]: r for r in json.loads(output.read_text())["records"] if r["task"] == "speed"}
+    assert set(rates) == {"dense", "s2"}
+    assert all(r["length"] == 192 and r["tokens_per_second"] > 0 for r in rates.values())
     capsys.readouterr()
     assert plot.main([str(output), "--output", str(tmp_path)]) == 0
-    assert f"| s2 | {loss['parameters'] / 1e6:.1f} M |" in capsys.readouterr().out
+    rate = f"{rates['s2']['tokens_per_second'] / 1e3:,.0f} thousand tokens/s"
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| s2 |"))
+    assert row.startswith(f"| s2 | {loss['parameters'] / 1e6:.1f} M |")
+    assert f" s | {rate} | {loss['loss']:.3f} |" in row
     assert {path.name for path in tmp_path.glob("*.svg")} == {"quality-passkey.svg", "quality-loss.svg"}
 
 
@@ -306,9 +317,10 @@ def test_bad_input(
     assert message in capsys.readouterr().err
 
 
-def test_figures_of_a_tiny_model_are_nobodys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("name", ["evaluate", "speed"])
+def test_figures_of_a_tiny_model_are_nobodys(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        command.main(["evaluate", "--tiny", "--models", str(tmp_path)])
+        command.main([name, "--tiny"])
     assert "--output: missing, expected a file with --tiny" in capsys.readouterr().err
 
 

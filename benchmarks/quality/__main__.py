@@ -2,6 +2,7 @@
 
 python -m benchmarks.quality train --arm s2
 python -m benchmarks.quality evaluate --arms s2 dense
+python -m benchmarks.quality speed
 python -m benchmarks.quality vocabulary
 """
 
@@ -36,6 +37,7 @@ KEY = ("arm", "task", "length", "depth", "residue")
 """What a measurement is known by."""
 MODELS = Path("quality-models")
 OUTPUT = Path("benchmarks/results/quality.json")
+KV_CACHE_BYTES = 8 << 30
 TINY_SETTINGS = {"steps": 4, "tokens_per_step": 384}
 
 
@@ -45,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("benchmarks.quality: no CUDA GPU found, expected one, or --tiny", file=sys.stderr)
         return 2
     try:
-        {"train": _train, "evaluate": _evaluate, "vocabulary": _make_vocabulary}[options.command](options)
+        commands = {"train": _train, "evaluate": _evaluate, "speed": _speed, "vocabulary": _make_vocabulary}
+        commands[options.command](options)
     except ValueError as error:
         print(f"benchmarks.quality: {error}", file=sys.stderr)
         return 2
@@ -58,11 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> None:
-    chosen = {name: getattr(options, name) for name in ("steps", "tokens_per_step", "learning_rate")}
-    given = {name: value for name, value in chosen.items() if value is not None}
-    settings = Settings(
-        options.arm, options.seed, tiny=options.tiny, **{**(TINY_SETTINGS if options.tiny else {}), **given}
-    )
+    settings = _settings(options, options.arm)
     folder = options.models / options.arm
     training = Training(settings, folder, torch.device("cpu" if options.tiny else "cuda"))
     if training.step:
@@ -77,6 +76,13 @@ def _train(options: argparse.Namespace) -> None:
     print(f"\n{options.arm}: saved {folder}")
 
 
+def _settings(options: argparse.Namespace, arm: str) -> Settings:
+    names = ("seed", "steps", "tokens_per_step", "learning_rate")
+    chosen = {name: getattr(options, name, None) for name in names}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    return Settings(arm, tiny=options.tiny, **{**(TINY_SETTINGS if options.tiny else {}), **given})
+
+
 def _report(training: Training) -> None:
     step, steps = training.step, training.settings.steps
     if step % max(1, steps // 200) and step != steps:
@@ -84,7 +90,7 @@ def _report(training: Training) -> None:
     done = 40 * step // steps
     loss, recall = (np.mean(x[-20:]) for x in (training.losses, training.recalls))
     length = training.batches.length(step - 1)
-    rate = step * training.settings.tokens_per_step / training.seconds
+    rate = training.batches.tokens(step) / training.seconds
     bar = f"[{'#' * done}{'.' * (40 - done)}]"
     print(
         f"\r{training.settings.arm} {bar} step {step} of {steps}, sequences of {length:,} tokens, "
@@ -92,6 +98,21 @@ def _report(training: Training) -> None:
         end="",
         flush=True,
     )
+
+
+def _speed(options: argparse.Namespace) -> None:
+    """Two turns of every arm, the second ones in reverse order, and the faster of both."""
+    device = torch.device("cpu" if options.tiny else "cuda")
+    trainings = {arm: Training(_settings(options, arm), None, device) for arm in options.arms}
+    rates = dict.fromkeys(trainings, 0.0)
+    for arm in [*trainings, *reversed(trainings)]:
+        rates[arm] = max(rates[arm], trainings[arm].speed(options.repeat))
+    file = ResultFile(options.output, describe_run(), KEY)
+    for arm, rate in rates.items():
+        length = max(length for length, _ in trainings[arm].batches.curriculum)
+        print(f"{arm}: {rate / 1e3:,.1f} thousand tokens/s in sequences of {length:,}")
+        file.add({"arm": arm, "task": "speed", "length": length, "tokens_per_second": round(rate, 1)})
+    print(f"saved {options.output}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -137,8 +158,9 @@ def _engine(options: argparse.Namespace, arm: str, suite: Suite) -> Iterator[LLM
         skip_tokenizer_init=True,
         dtype="bfloat16" if is_gpu else "float32",
         max_model_len=max(*suite.lengths, suite.loss_length) + 1,
-        enforce_eager=options.tiny or not is_gpu,
-        **({} if is_gpu else {"kv_cache_memory_bytes": 1 << 28}),
+        enforce_eager=options.enforce_eager or options.tiny or not is_gpu,
+        # Enough, and nothing is measured: other processes may take and free memory of the GPU meanwhile.
+        kv_cache_memory_bytes=KV_CACHE_BYTES if is_gpu and not options.tiny else 1 << 28,
         **({} if memory is None else {"gpu_memory_utilization": memory}),
     )
     try:
@@ -163,13 +185,22 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     train.add_argument("--steps", type=positive_int)
     train.add_argument("--tokens-per-step", type=positive_int, metavar="TOKENS")
     train.add_argument("--learning-rate", type=float, metavar="RATE")
+    train.add_argument("--models", type=Path, default=MODELS, help="folder, default: %(default)s")
     evaluate = commands.add_parser("evaluate", help="serve trained arms and ask them for pass keys")
     evaluate.add_argument("--arms", nargs="+", choices=list(ARMS), help="default: all that are trained")
     evaluate.add_argument("--lengths", nargs="+", type=positive_int, metavar="TOKENS")
     evaluate.add_argument("--gpu-memory-utilization", type=fraction, metavar="SHARE", help="default: vLLM's")
-    evaluate.add_argument("--output", type=Path, default=OUTPUT)
-    for command in (train, evaluate):
-        command.add_argument("--models", type=Path, default=MODELS, help="folder, default: %(default)s")
+    evaluate.add_argument("--enforce-eager", action="store_true", help="no compilation, no graphs")
+    evaluate.add_argument("--models", type=Path, default=MODELS, help="folder, default: %(default)s")
+    speed = commands.add_parser("speed", help="time training steps at the greatest length")
+    speed.add_argument("--arms", nargs="+", choices=list(ARMS), default=["dense", "s2"])
+    speed.add_argument(
+        "--repeat", type=positive_int, default=30, metavar="STEPS", help="default: %(default)s"
+    )
+    speed.add_argument("--tokens-per-step", type=positive_int, metavar="TOKENS")
+    for command in (evaluate, speed):
+        command.add_argument("--output", type=Path, default=OUTPUT)
+    for command in (train, evaluate, speed):
         command.add_argument(
             "--tiny", action="store_true", help="the same steps with no model to speak of, on a CPU"
         )
@@ -177,7 +208,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     tokenizer.add_argument("--output", type=Path, default=FILE)
     tokenizer.set_defaults(tiny=False)
     options = parser.parse_args(arguments)
-    if options.command == "evaluate" and options.tiny and options.output == OUTPUT:
+    if options.command in ("evaluate", "speed") and options.tiny and options.output == OUTPUT:
         parser.error("--output: missing, expected a file with --tiny: its figures mean nothing")
     return options
 

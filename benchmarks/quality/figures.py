@@ -35,7 +35,7 @@ def cells(records: list[Record], arm: str, task: str) -> dict[tuple[int, int], f
 
 def draw_passkeys(records: list[Record]) -> Figure:
     """A panel per arm: how often a pass key was found, by the context's length and where it lay."""
-    arms = _arms(records)
+    arms = [arm for arm in ARMS if cells(records, arm, "passkey")]
     figure = new_figure(2.6 * len(arms) + 0.8, 3.6)
     panels = figure.subplots(1, len(arms), sharey=True, squeeze=False)[0]
     image = None
@@ -79,9 +79,10 @@ def draw_losses(records: list[Record]) -> Figure:
 def table(records: list[Record]) -> str:
     """A Markdown table: what every arm was trained on, its loss, and what it finds, the worst cell first."""
     lines = [
-        "| attention | parameters | trained on, million tokens | in | held-out loss | pass key, worst cell "
-        f"to {_short(MAX_LENGTH)} | all cells | {_short(2 * MAX_LENGTH)} | recall |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| attention | parameters | trained on, million tokens | in | alone, at the greatest length "
+        f"| held-out loss | pass key, worst cell to {_short(MAX_LENGTH)} | all cells "
+        f"| {_short(2 * MAX_LENGTH)} | recall |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
         if record["task"] != "loss":
@@ -99,14 +100,14 @@ def table(records: list[Record]) -> str:
         shares = " | ".join("" if share is None else f"{share:.1%}" for share in cells_of_arm)
         lines.append(
             f"| {arm} | {record['parameters'] / 1e6:.1f} M | {record['train_tokens'] / 1e6:,.0f} "
-            f"| {record['train_seconds']:,.0f} s | {record['loss']:.3f} | {shares} |"
+            f"| {record['train_seconds']:,.0f} s | {_speed(records, arm)} | {record['loss']:.3f} | {shares} |"
         )
     return "\n".join(lines)
 
 
-def _arms(records: list[Record]) -> list[str]:
-    found = {record["arm"] for record in records}
-    return [arm for arm in ARMS if arm in found]
+def _speed(records: list[Record], arm: str) -> str:
+    rates = [r["tokens_per_second"] for r in records if (r["arm"], r["task"]) == (arm, "speed")]
+    return f"{rates[0] / 1e3:,.0f} thousand tokens/s" if rates else ""
 
 
 def _mean(shares: list[float]) -> float | None:

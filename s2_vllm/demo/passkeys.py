@@ -16,9 +16,9 @@ from s2_vllm.demo.vocabulary import END_OF_TEXT, NAMES, encode
 
 Tokens = npt.NDArray[np.uint16]
 
-FACT = "\nThe pass key of {name} is {number}. Remember it.\n"
+FACT = "\nThe pass key is {name}{number}. Remember it.\n"
 QUESTION = "\nWhat is the pass key of {name}?"
-ANSWER = " The pass key of {name} is {number}." + END_OF_TEXT
+ANSWER = " It is {name}{number}." + END_OF_TEXT
 NUMBERS = 1_000_000
 NUMBER_TOKENS = 2
 
