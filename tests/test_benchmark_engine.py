@@ -102,6 +102,10 @@ def record(workload: str, variant: str, repetition: int = 1, **fields: Any) -> d
             "--throughput-lengths: 2000 with throughput's 128 output tokens, expected at most 2048 in all",
         ),
         (
+            ["throughput", "--lengths", "512", "--pool-lengths", "2000", "--max-model-len", "2048"],
+            "--pool-lengths: 2000 with throughput's 128 output tokens, expected at most 2048 in all",
+        ),
+        (
             ["throughput", "--lengths", "2000", "--max-model-len", "2048"],
             "--lengths: 2000 with throughput's 128 output tokens, expected at most 2048 in all",
         ),
@@ -184,11 +188,16 @@ def test_lists_by_commas_and_blanks_and_what_was_chosen() -> None:
     assert all_traffic(options) == []
 
 
-def test_lengths_of_throughput_alone() -> None:
-    lengths = ("--lengths", "512", "--throughput-lengths", "1024,256")
-    options = parse(["latency", "throughput", *lengths, "--loads", "batch"])
-    found = [(measurement.workload, measurement.prompt_tokens) for measurement in measurements(options)]
-    assert found == [("latency", 512), ("throughput", 256), ("throughput", 1024)]
+@pytest.mark.parametrize(
+    ("options", "pool"),
+    [((), [256, 1024]), (("--pool-lengths", "8192"), [8192]), (("--loads", "batch"), [])],
+    ids=["as the batch", "another", "none"],
+)
+def test_lengths_of_every_load(options: tuple[str, ...], pool: list[int]) -> None:
+    lengths = ("--lengths", "512", "--throughput-lengths", "1024,256", *options)
+    parsed = parse(["latency", "throughput", *lengths])
+    found = [(measurement.load, measurement.prompt_tokens) for measurement in measurements(parsed)]
+    assert found == [("single", 512), ("batch", 256), ("batch", 1024), *(("pool", n) for n in pool)]
 
 
 def test_of_the_usual_lengths_those_that_the_engine_is_to_hold() -> None:

@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         ("variants", _choice(VARIANTS), list(VARIANTS), "of s2, dense; default: both"),
         ("lengths", positive_int, None, "prompt tokens of latency and throughput; default: the usual ones"),
         ("throughput-lengths", positive_int, None, "prompt tokens of throughput; default: as --lengths"),
+        ("pool-lengths", positive_int, None, "of throughput with a full pool; default: as the same batch"),
         ("loads", _choice(LOADS), list(LOADS), "of throughput: the same batch, a full pool; default: both"),
         ("request-rates", _positive, list(REQUEST_RATES), "requests per second of serve; default: 1,2,4,8"),
         ("slo", _objective, list(SLO.items()), "of serve's good requests; default: ttft:3000,tpot:50 (ms)"),
@@ -172,7 +173,7 @@ def _check(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> Non
                 error(f"--max-model-len: {options.max_model_len}, expected at most {longest}, {source}")
             longest, source = options.max_model_len, "--max-model-len"
         for measurement in measurements(options):
-            option = _option_of_lengths(options, measurement.workload)
+            option, _ = _lengths(options, measurement.load)
             if option and measurement.tokens > longest:
                 error(
                     f"{option}: {measurement.prompt_tokens} with {measurement.workload}'s "
@@ -183,30 +184,35 @@ def _check(options: argparse.Namespace, error: Callable[[str], NoReturn]) -> Non
             error(f"--tensor-parallel-size: {ranks}, expected a divisor of {name}'s {heads} KV heads")
 
 
-def _option_of_lengths(options: argparse.Namespace, workload: str) -> str | None:
-    """The option that asks for a workload's lengths, None where they are the usual ones."""
-    if workload == "throughput" and options.throughput_lengths:
-        return "--throughput-lengths"
-    return "--lengths" if options.lengths else None
+def _lengths(options: argparse.Namespace, load: str) -> tuple[str | None, list[int]]:
+    """The option that asks for a load's lengths, None where they are the usual ones; and the lengths."""
+    asked = {
+        "single": ("lengths",),
+        "batch": ("throughput_lengths", "lengths"),
+        "pool": ("pool_lengths", "throughput_lengths", "lengths"),
+    }
+    for name in asked[load]:
+        if lengths := getattr(options, name):
+            return f"--{name.replace('_', '-')}", sorted(lengths)
+    usual = TINY_LENGTHS if options.tiny else LENGTHS
+    return None, sorted(usual["latency" if load == "single" else "throughput"])
 
 
 def measurements(options: argparse.Namespace) -> list[Measurement]:
     """What an engine is to measure offline; of the usual lengths, those below --max-model-len."""
-    usual = TINY_LENGTHS if options.tiny else LENGTHS
-    lengths = {
-        "latency": options.lengths or usual["latency"],
-        "throughput": options.throughput_lengths or options.lengths or usual["throughput"],
-    }
-    found = []
-    if "latency" in options.workloads:
-        found += [latency(n, options.repetitions, options.tiny) for n in sorted(lengths["latency"])]
-    if "throughput" in options.workloads:
-        for load in options.loads:
-            found += [
-                throughput(n, load, options.repetitions, options.tiny) for n in sorted(lengths["throughput"])
-            ]
-    limit = options.max_model_len
-    return [m for m in found if not limit or _option_of_lengths(options, m.workload) or m.tokens <= limit]
+    loads = ["single"] if "latency" in options.workloads else []
+    loads += options.loads if "throughput" in options.workloads else []
+    limit, found = options.max_model_len, []
+    for load in loads:
+        option, lengths = _lengths(options, load)
+        for length in lengths:
+            if load == "single":
+                measurement = latency(length, options.repetitions, options.tiny)
+            else:
+                measurement = throughput(length, load, options.repetitions, options.tiny)
+            if option or not limit or measurement.tokens <= limit:
+                found.append(measurement)
+    return found
 
 
 def engine_flags(options: argparse.Namespace) -> dict[str, Any]:
