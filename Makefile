@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MUTATION := $(VENV)/.mutation
 DEMO := demo-output
+MODEL := s2_vllm/demo/model
 
 DEVICE := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 
@@ -22,11 +23,11 @@ SERVE_FLAGS_cuda :=
 
 help:
 	@echo "make setup   make $(VENV) with vLLM ($(DEVICE)), this plugin and what its tests need"
-	@echo "make demo    make a small S2 checkpoint and serve a batch of prompts from it"
+	@echo "make demo    hide pass keys in a long document and ask a small trained model for them"
 	@echo "make test    run the tests; those that need a GPU are skipped without one (WORKERS=... processes)"
 	@echo "make mutants change the code in small ways: do the tests notice? (MODULES=s2_vllm.plan ...)"
 	@echo "make soak    put a real server under hostile traffic for $(MINUTES) minutes (MINUTES=...)"
-	@echo "make serve   serve the demo's checkpoint with 'vllm serve' on port $(PORT) (PORT=...)"
+	@echo "make serve   serve the demo's model with 'vllm serve' on port $(PORT) (PORT=...)"
 	@echo "make lint    run ruff and mypy"
 	@echo "make clean   remove $(VENV) and everything that was made"
 
@@ -68,9 +69,8 @@ soak: $(READY)
 	$(BIN)/python -m tests.soak --minutes $(MINUTES)
 
 serve: $(READY)
-	$(BIN)/python -m s2_vllm.demo --checkpoint-only $(DEMO)/checkpoint
-	HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 $(BIN)/vllm serve $(DEMO)/checkpoint $(SERVE_FLAGS_$(DEVICE)) \
-	    --served-model-name s2-demo --host 127.0.0.1 --port $(PORT) --max-model-len 8192
+	HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 $(BIN)/vllm serve $(MODEL) $(SERVE_FLAGS_$(DEVICE)) \
+	    --served-model-name s2-demo --host 127.0.0.1 --port $(PORT) --max-model-len 32768
 
 lint: $(READY)
 	$(BIN)/ruff check .

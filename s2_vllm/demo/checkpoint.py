@@ -1,4 +1,4 @@
-"""A checkpoint of a Llama with S2-Attention: random weights from a seed, and a real tokenizer."""
+"""The demo's checkpoints of Llamas with S2-Attention: a trained one, and one with random weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from s2_vllm.demo.corpus import project_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Eight KV heads at stride 8: every head keeps another residue, and together they cover every block.
+TRAINED = Path(__file__).parent / "model"
+"""The folder of the trained one; its README.md says how it was trained."""
+
+# Of the random one. Eight KV heads at stride 8 keep a residue each, and all blocks together.
 S2_ATTENTION: dict[str, Any] = {
     "block_size": 64,
     "local_blocks": 4,
@@ -34,7 +37,7 @@ CHAT_TEMPLATE = (
 
 
 def make_checkpoint(directory: Path, seed: int = 0) -> None:
-    """Write config.json, model.safetensors and the tokenizer's files to `directory`.
+    """Write the random one's config.json, model.safetensors and tokenizer, a real one, to `directory`.
 
     Args:
         directory: made if it is not there; files of the same names are overwritten.

@@ -30,6 +30,10 @@ class PassKey:
     name: str
     number: int
 
+    def write(self, form: str) -> str:
+        """FACT, QUESTION or ANSWER of this one."""
+        return form.format(name=self.name, number=f"{self.number:06}")
+
     @cached_property
     def fact(self) -> list[int]:
         return self._encode(FACT)

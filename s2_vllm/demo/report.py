@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from vllm import RequestOutput
 
@@ -20,6 +20,15 @@ def report_batch(title: str, served: Served, plan: CachePlan) -> str:
     lines = ["", title]
     lines += [_completion(output) for output in served.outputs]
     lines += ["", *_table(served, plan), _throughput(served)]
+    return "\n".join(lines)
+
+
+def report_answers(are_right: Sequence[bool], sights: Sequence[str]) -> str:
+    """A line for each question: whether the answer was right, and what else there is to say of it."""
+    lines = ["", f"{sum(are_right)} of {len(are_right)} answers are right:"]
+    lines += [
+        f"  {'right' if right else 'WRONG'}: {sight}" for right, sight in zip(are_right, sights, strict=True)
+    ]
     return "\n".join(lines)
 
 

@@ -9,18 +9,10 @@ from typing import TYPE_CHECKING, Any
 from s2_vllm.demo.corpus import project_text
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from vllm import LLM, RequestOutput
-
-MAX_MODEL_LEN = 8192
-NEW_TOKENS = 32
-# Of a window tier vLLM keeps only what a prompt's last aligned position needs for a prefix-cache hit. The
-# last multiple of 512 tokens (the plan's `hit_alignment`) lies in the document, whatever question follows.
-DOCUMENT_TOKENS = 4700
-
-QUESTIONS = ["What does a head attend to?", "Which pages can be freed?", "Where is the pattern defined?"]
-OTHER_PROMPTS = ["Attention is", "Explain in one sentence what a block table is:"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +23,7 @@ class Served:
     seconds: float
 
 
-def start_engine(checkpoint: Path) -> LLM:
+def start_engine(checkpoint: Path, max_model_len: int) -> LLM:
     """vLLM with its defaults on a GPU, and with what a small CPU machine needs elsewhere."""
     from vllm import LLM
     from vllm.platforms import current_platform
@@ -47,41 +39,32 @@ def start_engine(checkpoint: Path) -> LLM:
         }
     return LLM(
         str(checkpoint),
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len,
         disable_log_stats=False,
         use_tqdm_on_load=False,
         **options,
     )
 
 
-def make_batches(llm: LLM) -> tuple[list[str], list[str]]:
-    """Prompts of several lengths, one with a long document; then more questions about that document."""
-    tokenizer = llm.get_tokenizer()
-    document_ids = _leading_tokens(llm, project_text())
-    document, excerpt = tokenizer.decode(document_ids), tokenizer.decode(document_ids[-700:])
-    first, *others = [f"{document}\n\n{question}\n" for question in QUESTIONS]
-    return [first, f"{excerpt}\n\nSummarize this.\n", *OTHER_PROMPTS], others
-
-
-def warm_up(llm: LLM) -> None:
+def warm_up(llm: LLM, num_tokens: int) -> None:
     """Let kernels compile before anything is timed, on a long prompt that the others share nothing with."""
     from vllm import SamplingParams
 
-    ids = _leading_tokens(llm, "\n".join(reversed(project_text().splitlines())))
+    ids = leading_tokens(llm, "\n".join(reversed(project_text().splitlines())), num_tokens)
     llm.generate({"prompt_token_ids": ids}, SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
 
 
-def serve(llm: LLM, prompts: list[str]) -> Served:
-    """All prompts at once, greedily, NEW_TOKENS tokens each."""
+def serve(llm: LLM, prompts: Sequence[str], max_tokens: int, ignore_eos: bool = False) -> Served:
+    """All prompts at once, greedily, at most so many tokens each."""
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=ignore_eos)
     start = time.perf_counter()
     outputs = llm.generate(prompts, params, use_tqdm=False)
     return Served(outputs, time.perf_counter() - start)
 
 
-def _leading_tokens(llm: LLM, text: str) -> list[int]:
-    """The first DOCUMENT_TOKENS tokens of `text`."""
-    ids: list[int] = llm.get_tokenizer().encode(text, truncation=True, max_length=DOCUMENT_TOKENS)
+def leading_tokens(llm: LLM, text: str, num_tokens: int) -> list[int]:
+    """The first of `text`."""
+    ids: list[int] = llm.get_tokenizer().encode(text, truncation=True, max_length=num_tokens)
     return ids
