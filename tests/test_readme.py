@@ -12,6 +12,7 @@ from benchmarks import cpu_decode, eager_layer, kv_capacity, phi3_small, schedul
 from benchmarks.engine.table import tables
 from benchmarks.geometries import GEOMETRIES
 from benchmarks.kernels.report import gradient_summary, summary
+from benchmarks.quality import figures
 from benchmarks.results_file import load_results
 from s2_kernels.config import S2Config
 from s2_vllm.cli import main
@@ -45,10 +46,22 @@ def test_phi3_small() -> None:
     assert phi3_small.table(records) in README
 
 
-def test_engine() -> None:
-    _, records = load_results(RESULTS / "engine-h100.json")
+@pytest.mark.parametrize("gpu", ["h100", "h200"])
+def test_engine(gpu: str) -> None:
+    _, records = load_results(RESULTS / f"engine-{gpu}.json")
     for table in tables(records).split("\n\n"):
         assert table in README
+
+
+def test_quality() -> None:
+    header, records = load_results(RESULTS / "quality.json")
+    assert figures.table(records) in README
+    assert header["gpus"] == ["NVIDIA H200"]
+    losses = {record["arm"]: record["loss"] for record in records if record["task"] == "loss"}
+    s2, mixed = (losses[arm] / losses["dense"] - 1 for arm in ("s2", "s2-dense"))
+    assert f"{s2:.1%} above the dense model's, and {mixed:.1%} with the dense layers" in " ".join(
+        README.split()
+    )
 
 
 def test_eager_layer() -> None:
