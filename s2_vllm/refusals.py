@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from s2_kernels.config import KEY, S2ConfigError
+from s2_kernels.config import KEY, S2ConfigError, states_pattern
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -55,7 +55,7 @@ def check_no_pattern(vllm_config: Any, obstacle: str) -> None:
     """
     model_config = getattr(vllm_config, "model_config", None)
     for name in ("hf_config", "hf_text_config"):
-        if getattr(getattr(model_config, name, None), KEY, None) is not None:
+        if states_pattern(getattr(model_config, name, None)):
             raise S2ConfigError(f"{obstacle} for a model with '{KEY}'")
 
 

@@ -20,10 +20,10 @@ class PatternRequired(VerifyAndUpdateConfig):
         Raises:
             S2ConfigError: the model has no pattern.
         """
-        from s2_kernels.config import KEY, S2ConfigError
+        from s2_kernels.config import KEY, S2ConfigError, states_pattern
 
         configs = (model_config.hf_config, model_config.hf_text_config)
-        if all(getattr(config, KEY, None) is None for config in configs):
+        if not any(map(states_pattern, configs)):
             raise S2ConfigError(
                 f"{KEY}: missing, expected the pattern that this {model_config.architecture} was trained "
                 f"with: the key in its config.json, or --hf-overrides '{{\"{KEY}\": {{...}}}}'"
