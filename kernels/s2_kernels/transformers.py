@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
 from s2_kernels.attention import attend
-from s2_kernels.config import KEY, S2ConfigError, find_config
+from s2_kernels.config import HEADWISE_KEY, KEY, S2ConfigError, find_config
 from s2_kernels.contiguous.sequences import Span, packed_spans
 from s2_kernels.pattern import S2Pattern
 
@@ -44,7 +44,7 @@ def layer_patterns(config: Any) -> tuple[S2Pattern | None, ...]:
     """The pattern of each layer of a model, None for its dense ones.
 
     Args:
-        config: of transformers, with the key `s2_attention`.
+        config: of transformers, with the key `s2_attention` or one that stands for it.
 
     Raises:
         S2ConfigError: the key is missing or wrong, or there is no such pattern for the model's heads.
@@ -54,8 +54,9 @@ def layer_patterns(config: Any) -> tuple[S2Pattern | None, ...]:
     if found is None:
         raise S2ConfigError(f"{KEY}: missing in the config, expected the pattern that it was trained with")
     num_heads = config.num_attention_heads
-    pattern = found.pattern(num_heads, getattr(config, "num_key_value_heads", None) or num_heads)
-    return tuple(None if layer in found.dense_layers else pattern for layer in range(num_layers))
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    patterns = found.layer_patterns(num_heads, num_kv_heads, num_layers)
+    return tuple(map(patterns.get, range(num_layers)))
 
 
 @torch.compiler.disable  # it reads on the host where the sequences are
@@ -166,12 +167,12 @@ def register() -> None:
 
 
 _PATTERNS: WeakKeyDictionary[Any, tuple[object, S2Pattern | None]] = WeakKeyDictionary()
-"""By layer: the value of the config's key when it was read, and the layer's pattern."""
+"""By layer: the values of the config's keys when they were read, and the layer's pattern."""
 
 
 def _pattern(module: Any) -> S2Pattern | None:
     """The pattern of a layer, None for a dense one."""
-    raw = getattr(module.config, KEY, None)
+    raw = tuple(getattr(module.config, key, None) for key in (KEY, HEADWISE_KEY))
     kept = _PATTERNS.get(module)
     if kept is None or kept[0] != raw:
         kept = deepcopy(raw), layer_patterns(module.config)[module.layer_idx]
