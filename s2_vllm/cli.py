@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from s2_kernels.config import KEY, S2Config, S2ConfigError
+from s2_kernels.config import HEADWISE_KEY, KEY, S2Config, S2ConfigError
 from s2_vllm.config_refusals import check_hf_config
 from s2_vllm.hf_config import HFConfig, read_config
 from s2_vllm.plan import CachePlan, make_plan
@@ -116,8 +116,57 @@ def _parser() -> argparse.ArgumentParser:
         help="blocks along each side of a panel (default: enough to see two strided blocks leave the window, "
         "64 at most)",
     )
+    show.add_argument(
+        "--layer",
+        type=_layer_index,
+        metavar="N",
+        help="the layer whose pattern to draw (default: the first sparse one)",
+    )
     show.set_defaults(run=_show)
+    _add_heads(commands)
     return parser
+
+
+def _add_heads(commands: Any) -> None:
+    heads = commands.add_parser("heads", help="the pattern of a dense model whose retrieval heads are known")
+    heads.add_argument(
+        "scores", metavar="TSV", type=Path, help="DuoAttention's full_attention_heads.tsv of the model"
+    )
+    heads.add_argument(
+        "--sparsity",
+        type=_share,
+        default=0.5,
+        metavar="S",
+        help="share of the KV heads that become streaming heads, between 0 and 1 (default: 0.5)",
+    )
+    heads.add_argument(
+        "--sink",
+        type=_token_count,
+        default=64,
+        metavar="N",
+        help="tokens at the start that every head attends to, in whole blocks of 64 (default: 64)",
+    )
+    heads.add_argument(
+        "--recent",
+        type=positive_int,
+        default=256,
+        metavar="N",
+        help="tokens before the query that every head attends to, in whole blocks of 64 (default: 256)",
+    )
+    heads.add_argument(
+        "--model",
+        type=Path,
+        metavar="CONFIG_OR_DIR",
+        help="config.json of the model, or its folder: the heads are checked against it (default: none)",
+    )
+    heads.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="write the model's config.json with the pattern into this folder (default: print the pattern)",
+    )
+    heads.set_defaults(run=_heads)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
@@ -166,12 +215,38 @@ def _plan(arguments: argparse.Namespace) -> None:
 def _show(arguments: argparse.Namespace) -> None:
     config, pattern_config = _model(arguments)
     model = config.geometry(DTYPE_BYTES["bfloat16"])
-    pattern = pattern_config.pattern(model.num_heads, model.num_kv_heads)
+    patterns = pattern_config.layer_patterns(model.num_heads, model.num_kv_heads, model.num_layers)
+    layer = min(patterns) if arguments.layer is None else arguments.layer
+    if layer not in patterns:
+        what = "a dense layer" if layer < model.num_layers else "no layer of the model"
+        listed = ", ".join(map(str, patterns))
+        raise S2ConfigError(f"--layer: {layer}, {what}, expected one of the sparse layers {listed}")
     try:
-        pattern.draw(arguments.output, arguments.num_blocks)
+        patterns[layer].draw(arguments.output, arguments.num_blocks)
     except ValueError as error:
         raise S2ConfigError(str(error)) from error
     print(f"saved {arguments.output}")
+
+
+def _heads(arguments: argparse.Namespace) -> None:
+    from s2_vllm import heads
+
+    scores = heads.read_scores(arguments.scores)
+    is_full = heads.full_heads(scores, arguments.sparsity)
+    pattern = heads.pattern_of_heads(is_full, arguments.sink, arguments.recent)
+    if arguments.model is None:
+        if arguments.output is not None:
+            raise S2ConfigError("--model: missing, expected the model whose config.json --output is to copy")
+    else:
+        # A pattern that the file has goes: it would be replaced.
+        config = read_config(arguments.model, {KEY: pattern, HEADWISE_KEY: None})
+        check_hf_config(config)
+        heads.check_shape(scores.shape, config, arguments.scores)
+        config.pattern_config()
+    if arguments.output is None:
+        print(json.dumps({KEY: pattern}))
+    else:
+        print(f"saved {heads.write_config(arguments.model, arguments.output, pattern)}")
 
 
 def _model(arguments: argparse.Namespace) -> tuple[HFConfig, S2Config]:
@@ -192,6 +267,28 @@ def positive_int(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a positive integer")
     return int(text)
+
+
+def _layer_index(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}, expected the index of a layer")
+    return int(text)
+
+
+def _token_count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number of tokens")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number between 0 and 1, neither of them")
+    return share
 
 
 def positive_count(text: str) -> int:

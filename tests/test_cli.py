@@ -121,6 +121,28 @@ def test_show_draws_the_pattern(few_heads: Path, tmp_path: Path) -> None:
     assert [f"head {head} \u00b7" in output.read_text() for head in range(5)] == [True] * 4 + [False]
 
 
+def test_show_draws_the_layer_that_is_asked_for(
+    few_heads: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "pattern.svg"
+    pattern = {"local_blocks": 2, "vert_stride": None, "sink_blocks": 1, "dense_layers": [0]}
+    layers = {"num_hidden_layers": 3, "s2_attention": pattern | {"full_heads": {"1": [0], "2": [1]}}}
+    options = [str(few_heads), "-o", str(output), "--hf-overrides", json.dumps(layers)]
+    titles = {}
+    for layer in ([], ["--layer", "1"], ["--layer=2"]):
+        assert main(["show", *options, *layer]) == 0
+        titles[" ".join(layer)] = re.findall(r"head \d \u00b7 (\w+)", output.read_text())
+    first = ["full", "full", "streaming", "streaming"]
+    assert titles == {"": first, "--layer 1": first, "--layer=2": first[::-1]}
+    assert "sinks" in output.read_text()
+    assert "no stride" in output.read_text()
+    capsys.readouterr()
+    for layer, what in ((0, "a dense layer"), (3, "no layer of the model")):
+        message = f"--layer: {layer}, {what}, expected one of the sparse layers 1, 2"
+        assert _error(capsys, "show", *options, "--layer", layer) == message
+    assert _usage_error(capsys, "show", *options, "--layer=-1").endswith("expected the index of a layer")
+
+
 def test_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "nowhere" in _error(capsys, "plan", tmp_path / "nowhere")
 
@@ -289,7 +311,21 @@ HELP = {
             "blocks along each side of a panel (default: enough to see two strided blocks leave the window, "
             "64 at most)"
         ),
+        "--layer N": "the layer whose pattern to draw (default: the first sparse one)",
         "--hf-overrides JSON": OVERRIDES_HELP,
+    },
+    "heads": {
+        "--sparsity S": ("share of the KV heads that become streaming heads, between 0 and 1 (default: 0.5)"),
+        "--sink N": "tokens at the start that every head attends to, in whole blocks of 64 (default: 64)",
+        "--recent N": (
+            "tokens before the query that every head attends to, in whole blocks of 64 (default: 256)"
+        ),
+        "--model CONFIG_OR_DIR": (
+            "config.json of the model, or its folder: the heads are checked against it (default: none)"
+        ),
+        "-o DIR, --output DIR": (
+            "write the model's config.json with the pattern into this folder (default: print the pattern)"
+        ),
     },
 }
 
@@ -325,11 +361,14 @@ def test_the_commands_say_what_they_do(capsys: pytest.CaptureFixture[str]) -> No
     assert text.startswith("usage: s2-vllm [-h] [--version] COMMAND ...\n")
     assert re.search(r"plan +the KV cache that vLLM will set up for a model\n", text)
     assert re.search(r"show +draw the pattern, one panel per head\n", text)
+    assert re.search(r"heads +the pattern of a dense model whose retrieval heads are known\n", text)
     assert re.search(r"--version +show the version and exit\n", text)
     for command in HELP:
         with pytest.raises(SystemExit):
             main([command, "--help"])
-        assert re.search(r"CONFIG_OR_DIR +config.json, or its folder\n", capsys.readouterr().out)
+        model = r"CONFIG_OR_DIR +config.json, or its folder\n"
+        scores = r"TSV +DuoAttention's full_attention_heads.tsv of the model\n"
+        assert re.search(scores if command == "heads" else model, capsys.readouterr().out)
 
 
 def test_defaults_are_what_the_help_says(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -53,7 +53,7 @@ def draw_pattern(pattern: Drawable, path: str | Path, num_blocks: int | None = N
         pattern: the pattern to draw.
         path: where to save the image; the suffix, .png or .svg, is the format.
         num_blocks: blocks along each side of a panel; by default enough to see the window leave two
-            strided blocks behind, 64 at most.
+            strided blocks behind, or leave the sinks, 64 at most.
 
     Raises:
         ValueError: the suffix is neither, or `num_blocks` is not positive.
@@ -62,7 +62,8 @@ def draw_pattern(pattern: Drawable, path: str | Path, num_blocks: int | None = N
     if path.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"path: suffix {path.suffix!r} of {str(path)!r}, expected .png or .svg")
     if num_blocks is None:
-        num_blocks = min(pattern.local_blocks + 3 * pattern.vert_stride, _MAX_DEFAULT_BLOCKS)
+        always = pattern.sink_blocks + pattern.local_blocks
+        num_blocks = min(always + 3 * pattern.vert_stride, _MAX_DEFAULT_BLOCKS)
     if num_blocks < 1:
         raise ValueError(f"num_blocks: {num_blocks}, expected a positive integer")
 
@@ -86,13 +87,16 @@ def draw_pattern(pattern: Drawable, path: str | Path, num_blocks: int | None = N
     for panel in grid[:, 0]:
         panel.set_ylabel("query block", fontsize=8)
 
+    strided = any(residue >= 0 for residue in pattern.residues)
+    stride = f"stride {pattern.vert_stride}" if strided else "no stride"
     figure.suptitle(
         f"block size {pattern.block_size} \u00b7 local blocks {pattern.local_blocks} \u00b7 "
-        f"stride {pattern.vert_stride} \u00b7 query heads {pattern.num_heads} \u00b7 "
+        f"{stride} \u00b7 query heads {pattern.num_heads} \u00b7 "
         f"KV heads {pattern.num_kv_heads}",
         fontsize=10,
     )
-    tiers = {"local window": WINDOW_COLOR, "strided": STRIDED_COLOR, "not attended": DROPPED_COLOR}
+    older = "strided, or older of a full head" if pattern.full_heads else "strided"
+    tiers = {"local window": WINDOW_COLOR, older: STRIDED_COLOR, "not attended": DROPPED_COLOR}
     if pattern.sink_blocks:
         tiers["sinks"] = SINK_COLOR
     handles = [Patch(facecolor=color, label=label) for label, color in tiers.items()]
