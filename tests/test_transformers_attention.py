@@ -275,6 +275,24 @@ def test_layer_patterns() -> None:
     patterns = layer_patterns(build(QUERY_HEADS).config)
     assert [pattern is None for pattern in patterns] == [True, False, True]
     assert patterns[1].residues == (3, 2, 1, 0)
+    of_layers = {**S2, "dense_layers": [1], "layers": {"2": {"vert_stride": None, "sink_blocks": 1}}}
+    patterns = layer_patterns(build(of_layers).config)
+    assert [pattern and pattern.sink_blocks for pattern in patterns] == [0, None, 1]
+    assert [pattern and pattern.num_virtual_heads for pattern in patterns] == [2, None, 0]
+
+
+def test_rtpurbos_heads_are_read_again_when_they_change() -> None:
+    model = build()
+    model.config.s2_attention = None
+    ids = token_ids(1, 300)
+    outputs = []
+    for flags in ([1, 0, 0, 0], [0, 0, 0, 0]):
+        model.config.headwise_config = {"sink_token_num": 1, "swa_token_num": 1} | dict.fromkeys("012", flags)
+        outputs.append(model(ids).logits[0])
+    # One sink block and a window of two show the first three blocks everything.
+    torch.testing.assert_close(outputs[0][:192], outputs[1][:192])
+    assert (outputs[0][192:] != outputs[1][192:]).any(dim=1).all()
+    assert [pattern.full_heads for pattern in layer_patterns(model.config)] == [()] * 3
 
 
 BAD_CALLS: dict[str, tuple[Callable[[], Inputs], str]] = {
