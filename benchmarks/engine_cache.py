@@ -14,7 +14,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 import s2_vllm
 from s2_vllm.plan import plan_of
-from s2_vllm.specs import PADDING_SUFFIX, STRIDED_SUFFIX, strided_spec, window_spec
+from s2_vllm.specs import STRIDED_SUFFIX, padding_entries, strided_spec, window_spec
 
 try:  # vLLM 0.33
     from vllm.v1.core import kv_cache_planning
@@ -86,12 +86,13 @@ def cache_specs(plan: CachePlan, dtype: torch.dtype) -> dict[str, KVCacheSpec]:
             )
             continue
         index = plan.sparse_layers.index(layer)
-        entries = [name] if index % plan.layers_per_entry == 0 else []
+        if plan.window_place(index).leader == index:
+            specs[name] = window_spec(plan, dtype)
+        place = plan.strided_place(index, rank=0)
+        if place is not None and place.leader == index:
+            specs[name + STRIDED_SUFFIX] = strided_spec(plan, dtype)
         if index == 0:
-            entries += [f"{name}{PADDING_SUFFIX}{number}" for number in range(plan.padding_entries)]
-        for entry in entries:
-            specs[entry] = window_spec(plan, dtype)
-            specs[entry + STRIDED_SUFFIX] = strided_spec(plan, dtype)
+            specs.update(padding_entries(plan, name, dtype))
     return specs
 
 

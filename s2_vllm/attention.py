@@ -26,7 +26,7 @@ from s2_kernels.layout import make_head_tables
 from s2_vllm import refusals
 from s2_vllm.backend import S2AttentionBackend
 from s2_vllm.plan import plan_of
-from s2_vllm.specs import PADDING_SUFFIX, STRIDED_SUFFIX, strided_spec, window_spec
+from s2_vllm.specs import STRIDED_SUFFIX, padding_entries, strided_spec, window_spec
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,14 +101,14 @@ class S2Attention(Attention):
         self.plan: CachePlan = plan
         index = plan.sparse_layers.index(extract_layer_index(prefix))
         self.is_first = index == 0
-        place = index % plan.layers_per_entry
-        leader = None if place == 0 else _leader(plan.sparse_layers[index - place], vllm_config)
+        place = plan.window_place(index)
+        leader = None if place.leader == index else _leader(plan.sparse_layers[place.leader], vllm_config)
         kwargs.update(
             attn_backend=S2AttentionBackend,
             kv_sharing_target_layer_name=None if leader is None else leader.layer_name,
-            pattern=plan.pattern_of_rank(get_tensor_model_parallel_rank()),
+            pattern=plan.pattern_of(index, get_tensor_model_parallel_rank()),
             strided_name=(prefix if leader is None else leader.layer_name) + STRIDED_SUFFIX,
-            first_kv_head=place * plan.num_kv_heads,
+            first_kv_head=place.first,
         )
         super().__init__(**kwargs)
         refusals.check_made_layer(self, plan, vllm_config)
@@ -121,10 +121,8 @@ class S2Attention(Attention):
 
     def _padding(self) -> Iterator[BareEntry]:
         """The entries of both tiers that no layer uses."""
-        for number in range(self.plan.padding_entries):
-            name = f"{self.layer_name}{PADDING_SUFFIX}{number}"
-            yield BareEntry(self, name, window_spec(self.plan, self.kv_cache_torch_dtype))
-            yield BareEntry(self, name + STRIDED_SUFFIX, strided_spec(self.plan, self.kv_cache_torch_dtype))
+        for name, spec in padding_entries(self.plan, self.layer_name, self.kv_cache_torch_dtype):
+            yield BareEntry(self, name, spec)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Make the pattern's tables now: no CUDA graph may be waiting for them later.
@@ -154,8 +152,7 @@ class S2Attention(Attention):
         Raises:
             RuntimeError: the pages are not the planned ones; the kernels would read wrong tokens.
         """
-        heads = self.num_kv_heads * self.plan.layers_per_entry
-        expected = (heads, self.plan.page_slots, 2 * self.head_size)
+        expected = (*self.plan.window_shape, 2 * self.head_size)
         if kv_cache.shape[1:] != expected:
             raise RuntimeError(
                 f"KV cache of layer {self.layer_name}: pages of {tuple(kv_cache.shape[1:])}, "

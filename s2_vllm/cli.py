@@ -331,13 +331,13 @@ def describe(plan: CachePlan, length: int, memory: int, batched_tokens: int) -> 
             }
             for tier in plan.tiers
         ],
-        "residues": plan.pattern.kept_residues,
-        "vert_stride": plan.pattern.vert_stride,
+        "residues": plan.patterns[0].kept_residues,
+        "vert_stride": plan.patterns[0].vert_stride,
         "kv_cache_groups": plan.total_groups,
         "padding": float(plan.padding),
         "prefix_hit_tokens": plan.hit_alignment,
-        "union_complete": plan.pattern.is_union_complete,
-        "stored_fraction_sparse_layer": plan.pattern.stored_fraction(length),
+        "union_complete": all(pattern.is_union_complete for pattern in plan.patterns),
+        "stored_fraction_sparse_layer": plan.stored_fraction(length),
         "kv_bytes_per_request": plan.bytes_per_request(length),
         "kv_bytes_per_request_dense": dense_bytes,
         "kv_cache_memory": memory,

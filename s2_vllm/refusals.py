@@ -250,7 +250,7 @@ def check_made_layer(layer: Attention, plan: CachePlan, vllm_config: VllmConfig)
         plan: of its model.
         vllm_config: the engine's.
     """
-    name, pattern = layer.layer_name, plan.layout.pattern
+    name, pattern = layer.layer_name, plan.pattern_of(0, 0)
     if (layer.num_heads, layer.num_kv_heads) != (pattern.num_heads, pattern.num_kv_heads):
         raise _layer_refusal(
             name,

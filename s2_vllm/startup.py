@@ -130,13 +130,15 @@ def _report(plan: CachePlan, vllm_config: VllmConfig, kv_cache_config: KVCacheCo
         ", ".join(f"{t.name} ({t.block_size}-token pages)" for t in plan.tiers),
         plan.total_groups,
         100 * plan.padding,
-        100 * plan.pattern.stored_fraction(length),
+        100 * plan.stored_fraction(length),
         length,
         memory / plan.bytes_per_request(length),
         memory / counted,
         vllm_config.max_in_flight_tokens,
         memory / plan.dense_bytes_per_request(length),
-        "" if plan.pattern.is_union_complete else " Some old blocks are in no head's set.",
+        ""
+        if all(pattern.is_union_complete for pattern in plan.patterns)
+        else " Some old blocks are in no head's set.",
     )
 
 

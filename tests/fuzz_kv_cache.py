@@ -17,7 +17,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from s2_kernels.pattern import S2Pattern
-from s2_vllm.plan import CachePlan, ModelGeometry
+from s2_vllm.plan import CachePlan, ModelGeometry, uniform_plan
 from tests.kv_cache_simulation import MAX_BATCHED_TOKENS, MAX_MODEL_LEN, Sequence, Simulation
 from tests.plans import cache_specs
 
@@ -118,7 +118,7 @@ def random_plan(rng: Random) -> CachePlan:
         dense = rng.randint(0, 2)
         layers_per_entry = rng.randint(1, 3) if dense else 1
         sparse = rng.randint(layers_per_entry, 2 * layers_per_entry)
-        plan = CachePlan(
+        plan = uniform_plan(
             ModelGeometry(sparse + dense, pattern.num_heads, num_kv_heads, head_size=8, dtype_bytes=2),
             pattern,
             sparse_layers=tuple(range(dense, dense + sparse)),

@@ -134,7 +134,7 @@ class Places:
         for head in range(self.plan.num_kv_heads):
             if self.tiers[group] != "strided":
                 yield head, in_page
-            elif (place := self.plan.layout.strided_slot(head, in_page)) is not None:
+            elif (place := self.plan.layout_of(0, 0).strided_slot(head, in_page)) is not None:
                 page, slot = place
                 assert page == 0, "a strided page that spans more tokens than it has slots for"
                 yield head, slot
@@ -144,8 +144,8 @@ class Places:
         if self.tiers[group] == "dense":
             return divmod(position, self.plan.dense_block_size)
         if self.tiers[group] == "window":
-            return self.plan.layout.window_slot(position)
-        place = self.plan.layout.strided_slot(head, position)
+            return self.plan.layout_of(0, 0).window_slot(position)
+        place = self.plan.layout_of(0, 0).strided_slot(head, position)
         assert place is not None, f"KV head {head} attends to token {position}, which it does not keep"
         return place
 
@@ -412,7 +412,7 @@ def needed(pattern: S2Pattern, tier: str, chunk: Chunk) -> dict[tuple[int, int],
 
 def check_reads(simulation: Simulation, chunk: Chunk) -> None:
     """All that the chunk's queries attend to is in pages that their request holds, with its own tokens."""
-    places, pattern = simulation.places, simulation.plan.pattern
+    places, pattern = simulation.places, simulation.plan.patterns[0]
     live = simulation.pages_of(chunk.sequence)
     for group, tier in enumerate(places.tiers):
         row = chunk.rows[group]
@@ -468,7 +468,7 @@ def check_what_is_held(simulation: Simulation, sequence: Sequence, settled: int,
         assert len(ids) == -(-end // size)
         if tier == "window":
             simulation.events["window pages seen freed"] += len(ids) - len(pages)
-            assert (pages[0] + 1) * size > settled - plan.pattern.window_tokens + 1, "not freed"
+            assert (pages[0] + 1) * size > settled - plan.window_tokens + 1, "not freed"
             assert pages == list(range(pages[0], len(ids))), "the window tier has a hole"
         else:
             assert len(pages) == len(ids), f"the {tier} tier has lost a page"

@@ -249,7 +249,7 @@ def test_at_rest_a_request_has_the_plans_pages() -> None:
     geometry = SERVED["hhst-8b"]
     plan = make_plan(geometry.config, ModelGeometry(32, 32, 8, 128, 2))
     groups = [
-        (tier.block_size, plan.pattern.window_tokens if tier.name == "window" else None)
+        (tier.block_size, plan.window_tokens if tier.name == "window" else None)
         for tier in plan.tiers
         for _ in range(plan.num_groups(tier))
     ]

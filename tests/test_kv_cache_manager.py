@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
 from s2_kernels.layout import TierLayout
 from s2_kernels.pattern import S2Pattern
-from s2_vllm.plan import CachePlan, ModelGeometry
+from s2_vllm.plan import CachePlan, ModelGeometry, uniform_plan
 from tests import fuzz_kv_cache
 from tests.fuzz_kv_cache import BLOCK, Add, carry_out, random_episode
 from tests.kv_cache_simulation import Memory, Simulation
@@ -55,7 +55,7 @@ def test_every_query_finds_its_pages() -> None:
         assert events[event] > 50, f"{event}: too few to have tested anything"
 
 
-PLAN = CachePlan(
+PLAN = uniform_plan(
     ModelGeometry(num_layers=3, num_heads=2, num_kv_heads=2, head_size=8, dtype_bytes=2),
     S2Pattern.build(2, 2, block_size=BLOCK, local_blocks=3, vert_stride=4),
     sparse_layers=(1, 2),
@@ -110,14 +110,18 @@ def test_a_wrong_spec_is_noticed(is_window: bool, change: dict[str, int], messag
         serve_one_long_request(changed_specs(PLAN, is_window, change))
 
 
-def test_wrong_residues_are_noticed() -> None:
+def test_wrong_residues_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages that keep, for each head, the blocks after those that the pattern asks for."""
-    pattern = PLAN.pattern
-    moved = replace(pattern, residues=tuple((r + 1) % pattern.vert_stride for r in pattern.residues))
-    plan = replace(PLAN)
-    plan.__dict__["layout"] = TierLayout(moved, PLAN.page_slots)
+    layout_of = CachePlan.layout_of
+
+    def moved(self: CachePlan, index: int, rank: int) -> TierLayout:
+        layout = layout_of(self, index, rank)
+        residues = tuple((r + 1) % layout.pattern.vert_stride for r in layout.pattern.residues)
+        return replace(layout, pattern=replace(layout.pattern, residues=residues))
+
+    monkeypatch.setattr(CachePlan, "layout_of", moved)
     with pytest.raises(AssertionError, match="which it does not keep"):
-        serve_one_long_request(cache_specs(plan), plan)
+        serve_one_long_request(cache_specs(PLAN))
 
 
 def test_a_skipped_write_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,12 +151,12 @@ def test_command_reports_steps_events_and_the_seed(capsys: pytest.CaptureFixture
     [
         pytest.param(
             lambda plan: changed_specs(
-                plan, True, {"sliding_window": max(BLOCK, plan.pattern.window_tokens - BLOCK)}
+                plan, True, {"sliding_window": max(BLOCK, plan.window_tokens - BLOCK)}
             ),
             id="window-a-block-short",
         ),
         pytest.param(
-            lambda plan: changed_specs(plan, True, {"sliding_window": plan.pattern.window_tokens + BLOCK}),
+            lambda plan: changed_specs(plan, True, {"sliding_window": plan.window_tokens + BLOCK}),
             id="window-a-block-long",
         ),
     ],

@@ -100,7 +100,7 @@ def test_sparse_layer(engine_config: VllmConfig, call: str) -> None:
 def test_padding_entries(engine_config: VllmConfig) -> None:
     plan = plan_of(engine_config)
     assert plan is not None
-    padded = replace(plan, padding_entries=2)
+    padded = replace(plan, window_padding=2, strided_padding=2)
     attach_plan(engine_config, padded)
     Attention(*GEOMETRY, prefix=SPARSE)
     entries = engine_config.compilation_config.static_forward_context

@@ -16,7 +16,16 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
 from benchmarks.geometries import SERVED
 from s2_kernels.config import S2Config, S2ConfigError
-from s2_vllm.plan import MAX_PADDING, CachePlan, ModelGeometry, Tier, attach_plan, make_plan, plan_of
+from s2_vllm.plan import (
+    MAX_PADDING,
+    CachePlan,
+    ModelGeometry,
+    Tier,
+    attach_plan,
+    make_plan,
+    plan_of,
+    uniform_plan,
+)
 from tests.plans import (
     DTYPE,
     cache_config,
@@ -56,9 +65,9 @@ def plans(draw: st.DrawFn) -> CachePlan:
     chosen = make_plan(s2, ModelGeometry(layers, group * kv_heads, kv_heads, 64, 2))
     if draw(st.booleans()):
         return chosen
-    return CachePlan(
+    return uniform_plan(
         chosen.model,
-        chosen.pattern,
+        chosen.patterns[0],
         chosen.sparse_layers,
         chosen.dense_layers,
         tensor_parallel_size=1,
@@ -94,7 +103,9 @@ def test_groups_of_few_layers_are_vllms(sparse: int) -> None:
         layers = tuple(range(sparse + dense))
         pattern = S2Config(2, 4).pattern(num_heads=2, num_kv_heads=2)
         model = ModelGeometry(len(layers), num_heads=2, num_kv_heads=2, head_size=64, dtype_bytes=2)
-        plan = CachePlan(model, pattern, layers[dense:], layers[:dense], 1, page_slots=64, layers_per_entry=1)
+        plan = uniform_plan(
+            model, pattern, layers[dense:], layers[:dense], 1, page_slots=64, layers_per_entry=1
+        )
         assert plan.tiers[0].num_entries == sparse
         groups = cache_groups(cache_specs(plan))
         assert Counter(map(tier_of, groups)) == {tier.name: plan.num_groups(tier) for tier in plan.tiers}
@@ -132,9 +143,10 @@ def test_hits_align_as_vllm_aligns_them(plan: CachePlan) -> None:
 @few
 @given(plan=plans())
 def test_a_page_holds_whole_super_blocks(plan: CachePlan) -> None:
-    assert plan.page_slots % (plan.pattern.num_kept * plan.pattern.block_size) == 0
+    pattern = plan.patterns[0]
+    assert plan.page_slots % (pattern.num_kept * pattern.block_size) == 0
     assert plan.page_slots % 32 == 0
-    slots_per_token = plan.pattern.num_kept / plan.pattern.vert_stride
+    slots_per_token = pattern.num_kept / pattern.vert_stride
     strided = next(tier for tier in plan.tiers if tier.name == "strided")
     assert strided.block_size * slots_per_token == plan.page_slots
 
@@ -160,7 +172,7 @@ def test_reference_geometries(
     assert len(cache_groups(cache_specs(plan))) == groups
     assert plan.total_groups == groups
     assert plan.padding <= MAX_PADDING
-    assert (plan.layers_per_entry, plan.padding_entries) == (layers_per_entry, 0)
+    assert (plan.layers_per_entry, plan.window_padding) == (layers_per_entry, 0)
     assert plan.page_slots == page_slots
     assert plan.dense_block_size == dense_block_size
     assert plan.hit_alignment == hit_alignment
@@ -172,7 +184,7 @@ def fraction_stored(plan: CachePlan) -> float:
     bytes_held = 0
     for tier in plan.tiers:
         if tier.name == "window":
-            tokens = plan.pattern.window_tokens
+            tokens = plan.window_tokens
             bytes_held += layers * (tokens // tier.block_size + 1) * tier.page_slots * plan.token_bytes
         elif tier.name == "strided":
             bytes_held += layers * length // tier.block_size * tier.page_slots * plan.token_bytes
@@ -187,7 +199,8 @@ def test_a_sparse_layer_stores_this_much(name: str, percent: int) -> None:
 @pytest.mark.parametrize("name", SERVED)
 def test_sharing_entries_costs_little_memory_and_few_hits(name: str) -> None:
     plan = reference_plan(name)
-    alone = CachePlan(plan.model, plan.pattern, plan.sparse_layers, plan.dense_layers, 1, plan.page_slots, 1)
+    layers = plan.sparse_layers, plan.dense_layers
+    alone = uniform_plan(plan.model, plan.patterns[0], *layers, 1, plan.page_slots, 1)
     assert plan.hit_alignment <= 3 * alone.hit_alignment
     length = 131072
     assert plan.bytes_per_request(length) <= 1.1 * alone.bytes_per_request(length)
@@ -227,7 +240,7 @@ def test_any_mix_has_few_groups(mix: tuple[S2Config, ModelGeometry]) -> None:
 def test_few_groups_at_the_cost_of_memory(stride: int, hits: int) -> None:
     """Two entries of 5 for 10 sparse layers coarsen the hits five-fold, two of 6 leave a sixth unused."""
     plan = make_plan(S2Config(8, stride, dense_layers=(0, 1)), ModelGeometry(12, 32, 32, 128, 2))
-    assert (plan.total_groups, plan.layers_per_entry, plan.padding_entries) == (3, 6, 0)
+    assert (plan.total_groups, plan.layers_per_entry, plan.window_padding) == (3, 6, 0)
     assert plan.padding == Fraction(2, 10)
     assert plan.hit_alignment == hits
 
@@ -235,7 +248,7 @@ def test_few_groups_at_the_cost_of_memory(stride: int, hits: int) -> None:
 def test_few_groups_where_sparse_layers_are_few() -> None:
     """Groups of 2 would be 14 for 28 dense layers; with 8 entries that no layer uses, groups of 10 are 3."""
     plan = make_plan(S2Config(8, 8, dense_layers=tuple(range(28))), ModelGeometry(30, 32, 32, 128, 2))
-    assert (plan.total_groups, plan.layers_per_entry, plan.padding_entries) == (5, 1, 8)
+    assert (plan.total_groups, plan.layers_per_entry, plan.window_padding) == (5, 1, 8)
     assert plan.padding == 4
     names = [name for name in cache_specs(plan) if name.startswith("model.layers.28.")]
     entries = ["", *(f".padding{number}" for number in range(8))]
@@ -289,14 +302,14 @@ def test_all_layers_sparse() -> None:
 def test_every_rank_has_the_same_tiers(pattern_heads: str, ranks: int) -> None:
     s2 = S2Config(4, 8, pattern_heads=pattern_heads, dense_layers=(0,))
     plan = make_plan(s2, MODEL, tensor_parallel_size=ranks)
-    heads = [plan.pattern_of_rank(rank).num_heads for rank in range(ranks)]
+    heads = [plan.pattern_of(0, rank).num_heads for rank in range(ranks)]
     assert sum(heads) == MODEL.num_heads
-    residues = [r for rank in range(ranks) for r in plan.pattern_of_rank(rank).residues]
-    assert residues == list(plan.pattern.residues)
+    residues = [r for rank in range(ranks) for r in plan.pattern_of(0, rank).residues]
+    assert residues == list(plan.patterns[0].residues)
     for rank in range(ranks):
-        pattern = plan.pattern_of_rank(rank)
+        pattern = plan.pattern_of(0, rank)
         # What the page layout depends on; all ranks share the block tables of one scheduler.
-        assert pattern.num_kept == plan.layout.pattern.num_kept
+        assert pattern.num_kept == plan.pattern_of(0, 0).num_kept
         assert pattern.num_kv_heads == plan.num_kv_heads == max(1, MODEL.num_kv_heads // ranks)
     groups = cache_groups(cache_specs(plan))
     assert {group.kv_cache_spec.page_size_bytes for group in groups} == {plan.page_bytes}
@@ -347,7 +360,7 @@ def test_the_choice_is_the_fewest_groups_of_what_costs_little(mix: tuple[S2Confi
     assume(mix[0].dense_layers)
     chosen = make_plan(*mix)
     sparse, dense = len(chosen.sparse_layers), len(chosen.dense_layers)
-    spans = chosen.page_slots, chosen.layout.strided_page_tokens
+    spans = chosen.page_slots, chosen.layout_of(0, 0).strided_page_tokens
     hits = {n: math.lcm(*spans, n * chosen.page_slots) for n in range(1, 2 * sparse + 1)}
     for per_entry in hits:
         entries = math.ceil(sparse / per_entry)

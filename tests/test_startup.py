@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
 from benchmarks.geometries import SERVED
 from s2_kernels.config import S2Config, S2ConfigError
 from s2_vllm import compat, managers, startup
-from s2_vllm.plan import ModelGeometry, attach_plan, make_plan, plan_of
+from s2_vllm.plan import ModelGeometry, attach_plan, make_plan, plan_of, uniform_plan
 from s2_vllm.startup import prepare, settle_kv_cache
 from tests.plans import DTYPE, cache_config, cache_groups, cache_specs, engine_config, reference_plan
 
@@ -249,7 +249,10 @@ OTHERS = "some layers of this model do not use vLLM's Attention layer"
     ids=["dense", "window", "strided"],
 )
 def test_a_layer_that_did_not_ask_for_pages(entry: str, message: str) -> None:
-    plan = replace(reference_plan("hhst-8b"), layers_per_entry=8)
+    plan = reference_plan("hhst-8b")
+    plan = uniform_plan(
+        plan.model, plan.patterns[0], plan.sparse_layers, plan.dense_layers, 1, plan.page_slots, 8
+    )
     specs = cache_specs(plan)
     del specs[entry]
     with pytest.raises(RuntimeError, match=message):

@@ -41,7 +41,7 @@ def report_plan(plan: CachePlan, length: int) -> str:
     return (
         f"\nKV cache: {tiers}\n"
         f"{len(plan.sparse_layers)} sparse layers and {len(plan.dense_layers)} dense; at {length:,} tokens a "
-        f"sparse layer stores {plan.pattern.stored_fraction(length):.0%} of what a dense one does"
+        f"sparse layer stores {plan.stored_fraction(length):.0%} of what a dense one does"
     )
 
 

@@ -49,10 +49,10 @@ def run(output: Path) -> None:
         outputs += served.outputs
     llm.llm_engine.engine_core.shutdown()
     texts = [output.outputs[0].text for output in outputs]
-    sights = [sight(document, key, plan.pattern) for key in document.keys]
+    sights = [sight(document, key, plan.patterns[0]) for key in document.keys]
     print(report_answers([*map(is_right, document.keys, texts)], sights))
     print(report_plan(plan, length))
-    _draw(document, plan.pattern, output)
+    _draw(document, plan.patterns[0], output)
 
 
 def is_right(key: PassKey, answer: str) -> bool:

@@ -43,7 +43,7 @@ def run(output: Path) -> None:
         print(report_batch(title, serve(llm, prompts, NEW_TOKENS, ignore_eos=True), plan), flush=True)
     llm.llm_engine.engine_core.shutdown()
     print(report_plan(plan, DOCUMENT_TOKENS))
-    plan.pattern.draw(picture, num_blocks=32)
+    plan.patterns[0].draw(picture, num_blocks=32)
     print(f"Which blocks each head attends to: {picture}")
 
 

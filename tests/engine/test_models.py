@@ -156,7 +156,7 @@ def test_what_vllm_remakes_and_keeps_has_the_plan_and_the_tables(checkpoint: Cal
         assert set.union(*used) <= kept
         # Each layer's own: an engine puts them to sleep, and neither another nor the library may notice.
         assert len(set.union(*used)) == sum(map(len, used)) == len(HeadTables._fields) * len(layers) > 0
-        of_library = head_tables(plan_of(config).pattern_of_rank(0), device)
+        of_library = head_tables(plan_of(config).pattern_of(0, 0), device)
         assert not pointers(of_library) & kept
 
 
