@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from vllm.v1.core.kv_cache_utils import resolve_block_hashes
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
     SingleTypeKVCacheManager,
@@ -22,11 +23,12 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from s2_vllm.specs import QuickFullAttentionSpec, QuickSlidingWindowSpec
+from s2_vllm.specs import QuickFullAttentionSpec, QuickSlidingWindowSpec, SinkWindowSpec
 
 if TYPE_CHECKING:
-    from vllm.v1.core.kv_cache_utils import KVCacheBlock
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
     from vllm.v1.request import Request
 
 
@@ -121,6 +123,121 @@ class QuickSlidingWindowManager(QuickManager, SlidingWindowManager):
         super().remove_skipped_blocks(request_id, processed_computed_tokens, num_prompt_tokens)
 
 
+class SinkWindowManager(QuickSlidingWindowManager):
+    """Of the window tier where the first pages of a sequence are never freed: those of the sinks.
+
+    A prefix-cache hit is one only where these pages are cached beside the window's.
+    """
+
+    def __init__(self, kv_cache_spec: SinkWindowSpec, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, **kwargs)
+        self.sink_pages = kv_cache_spec.sink_pages
+
+    def _remove_blocks_in_range(self, request_id: str, first_block: int, last_block: int) -> None:
+        super()._remove_blocks_in_range(request_id, max(first_block, self.sink_pages), last_block)
+
+    def _sinks_before_window(
+        self, computed_blocks: Sequence[KVCacheBlock], num_computed_tokens: int
+    ) -> Sequence[KVCacheBlock]:
+        """The sinks among the blocks of a hit that are wholly before the window of its next token."""
+        skipped = self.get_num_skipped_tokens(num_computed_tokens) // self.block_size
+        return computed_blocks[: min(self.sink_pages, skipped)]
+
+    def get_num_blocks_to_allocate(
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        total_computed_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> int:
+        """Beside a sliding window's, the sinks of a hit that could be evicted until now."""
+        sinks = self._sinks_before_window(new_computed_blocks, total_computed_tokens)
+        return self._get_num_evictable_blocks(sinks) + super().get_num_blocks_to_allocate(
+            request_id, num_tokens, new_computed_blocks, total_computed_tokens, *args, **kwargs
+        )
+
+    def add_local_computed_blocks(
+        self,
+        request_id: str,
+        new_computed_blocks: Sequence[KVCacheBlock],
+        num_local_computed_tokens: int,
+        num_external_computed_tokens: int,
+    ) -> None:
+        """As vLLM's, which drops what is before the window; the sinks are kept."""
+        super().add_local_computed_blocks(
+            request_id, new_computed_blocks, num_local_computed_tokens, num_external_computed_tokens
+        )
+        computed_tokens = num_local_computed_tokens + num_external_computed_tokens
+        sinks = self._sinks_before_window(new_computed_blocks, computed_tokens)
+        self.block_pool.touch(sinks)
+        self.req_to_blocks[request_id][: len(sinks)] = sinks
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        """As vLLM's, with the sinks; a hit ends before the first of them that is not cached."""
+        assert isinstance(kv_cache_spec, SinkWindowSpec)
+        assert not drop_eagle_block, "speculative decoding is refused"
+        computed_blocks, hit_length = super().find_longest_cache_hit(
+            block_hashes,
+            max_length,
+            kv_cache_group_ids,
+            block_pool,
+            kv_cache_spec,
+            drop_eagle_block,
+            alignment_tokens,
+            *args,
+            **kwargs,
+        )
+        size = kv_cache_spec.block_size
+        hashes = resolve_block_hashes(
+            block_hashes, block_pool.hash_block_size, size, alignment_tokens=alignment_tokens
+        )
+        for page in range(min(kv_cache_spec.sink_pages, len(computed_blocks[0]))):
+            sinks = block_pool.get_cached_block(hashes[page], kv_cache_group_ids)
+            if not sinks:
+                # Those before it have been found, and they are all of this shorter hit.
+                hit_length = page * size // alignment_tokens * alignment_tokens
+                for computed in computed_blocks:
+                    del computed[hit_length // size :]
+                break
+            for computed, sink in zip(computed_blocks, sinks, strict=True):
+                computed[page] = sink
+        return computed_blocks, hit_length
+
+    @classmethod
+    def reachable_block_mask(
+        cls,
+        start_block: int,
+        end_block: int,
+        alignment_tokens: int | None,
+        kv_cache_spec: KVCacheSpec,
+        *args: Any,
+        **kwargs: Any,
+    ) -> list[bool] | None:
+        """As vLLM's, with the sinks: every hit needs them."""
+        assert isinstance(kv_cache_spec, SinkWindowSpec)
+        mask = super().reachable_block_mask(
+            start_block, end_block, alignment_tokens, kv_cache_spec, *args, **kwargs
+        )
+        if mask is not None:
+            for block in range(start_block, min(end_block, kv_cache_spec.sink_pages)):
+                mask[block - start_block] = True
+        return mask
+
+
 _SPECS = {FullAttentionSpec: QuickFullAttentionSpec, SlidingWindowSpec: QuickSlidingWindowSpec}
 
 
@@ -129,6 +246,7 @@ def use_quick_managers(kv_cache_config: KVCacheConfig) -> None:
     KVCacheSpecRegistry.check_kv_cache_spec_registry({})  # vLLM registers its own if none is there yet
     KVCacheSpecRegistry.register(QuickFullAttentionSpec, QuickFullAttentionManager, FullAttentionSpec)
     KVCacheSpecRegistry.register(QuickSlidingWindowSpec, QuickSlidingWindowManager, SlidingWindowSpec)
+    KVCacheSpecRegistry.register(SinkWindowSpec, SinkWindowManager, SlidingWindowSpec)
     for group in kv_cache_config.kv_cache_groups:
         spec = group.kv_cache_spec
         quick = _SPECS.get(type(spec))
