@@ -373,7 +373,7 @@ def plan_for(
     first, *others = patterns.values()
     if first.kinds is None and all(pattern == first for pattern in others):
         return _choose(_uniform_plans(first, dense, model, tensor_parallel_size, block_size))
-    return _choose_mixed(_mixed_plans(patterns, dense, model, tensor_parallel_size, block_size))
+    return _choose_mixed(mixed_plans(patterns, dense, model, tensor_parallel_size, block_size))
 
 
 def attach_plan(vllm_config: VllmConfig, plan: CachePlan) -> None:
@@ -419,7 +419,7 @@ def _uniform_plans(
     return plans
 
 
-def _mixed_plans(
+def mixed_plans(
     patterns: Mapping[int, S2Pattern],
     dense: tuple[int, ...],
     model: ModelGeometry,

@@ -16,8 +16,8 @@ from itertools import count
 from random import Random
 from typing import TYPE_CHECKING
 
-from s2_kernels.pattern import S2Pattern
-from s2_vllm.plan import CachePlan, ModelGeometry, uniform_plan
+from s2_kernels.pattern import NO_RESIDUE, S2Pattern
+from s2_vllm.plan import CachePlan, ModelGeometry, mixed_plans, uniform_plan
 from tests.kv_cache_simulation import MAX_BATCHED_TOKENS, MAX_MODEL_LEN, Sequence, Simulation
 from tests.plans import cache_specs
 
@@ -103,6 +103,42 @@ def random_episode(rng: Random, most_operations: int = MOST_OPERATIONS) -> Episo
 
 def random_plan(rng: Random) -> CachePlan:
     """A small plan, with prefix hits within reach of short prompts."""
+    return random_uniform_plan(rng) if rng.random() < 0.5 else random_mixed_plan(rng)
+
+
+def random_mixed_plan(rng: Random) -> CachePlan:
+    """One of heads of several kinds on one rank or two: any that `plan_for` may choose from."""
+    while True:
+        ranks = rng.randint(1, 2)
+        num_kv_heads = ranks * rng.randint(1, 2)
+        sparse, dense = rng.randint(1, 5), rng.randint(0, 2)
+        model = ModelGeometry(sparse + dense, num_kv_heads, num_kv_heads, head_size=8, dtype_bytes=2)
+        sinks = rng.randint(0, 2)
+        patterns = {dense + i: random_pattern(rng, num_kv_heads, sinks) for i in range(sparse)}
+        plans = list(mixed_plans(patterns, tuple(range(dense)), model, ranks, None))
+        fine = [plan for plan in plans if plan.hit_alignment <= MAX_MODEL_LEN // 3]
+        if fine:
+            return rng.choice(fine)
+
+
+def random_pattern(rng: Random, num_kv_heads: int, most_sinks: int) -> S2Pattern:
+    """With full, streaming and strided heads, or some of these; in one of four layers all are of one kind."""
+    kinds = rng.choice([["full"], ["streaming"], *[["full", "streaming", "strided"]] * 6])
+    of_heads = [rng.choice(kinds) for _ in range(num_kv_heads)]
+    stride = rng.choice([2, 4]) if "strided" in of_heads else 1
+    return S2Pattern(
+        BLOCK,
+        rng.randint(1, 5),
+        stride,
+        tuple(rng.randrange(stride) if kind == "strided" else NO_RESIDUE for kind in of_heads),
+        num_kv_heads,
+        rng.randint(0, most_sinks),
+        tuple(head for head, kind in enumerate(of_heads) if kind == "full"),
+    )
+
+
+def random_uniform_plan(rng: Random) -> CachePlan:
+    """One of layers that have the same pattern, with a residue or more of every head."""
     while True:
         stride = rng.randint(2, 5)
         num_kv_heads = rng.randint(1, 2)

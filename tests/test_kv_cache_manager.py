@@ -30,6 +30,7 @@ EVENTS = (
     "preemptions",
     "window pages seen freed",
     "blocks read in the strided tier",
+    "blocks read in the sinks tier",
     "pages shared while they are written",
 )
 
@@ -120,16 +121,17 @@ def test_wrong_residues_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         return replace(layout, pattern=replace(layout.pattern, residues=residues))
 
     monkeypatch.setattr(CachePlan, "layout_of", moved)
-    with pytest.raises(AssertionError, match="which it does not keep"):
+    with pytest.raises(AssertionError, match="attends to what it does not keep"):
         serve_one_long_request(cache_specs(PLAN))
 
 
 def test_a_skipped_write_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     write = Memory.write
 
-    def all_but_one(self: Memory, block_id: int, kv_head: int, slot: int, content: int) -> None:
-        if (kv_head, slot) != (1, 5):
-            write(self, block_id, kv_head, slot, content)
+    def all_but_one(self: Memory, block_id: int, entry: int, slot: int, contents: list[int]) -> None:
+        """The 6th slot of the second row."""
+        skipped = BLOCK + 5 - slot
+        write(self, block_id, entry, slot, [0 if i == skipped else c for i, c in enumerate(contents)])
 
     monkeypatch.setattr(Memory, "write", all_but_one)
     with pytest.raises(AssertionError, match="wrong tokens"):
