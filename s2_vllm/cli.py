@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from s2_kernels.config import HEADWISE_KEY, KEY, S2Config, S2ConfigError
+from s2_kernels.pattern import S2Pattern
 from s2_vllm.config_refusals import check_hf_config
 from s2_vllm.hf_config import HFConfig, read_config
 from s2_vllm.plan import CachePlan, make_plan
@@ -313,6 +314,8 @@ def describe(plan: CachePlan, length: int, memory: int, batched_tokens: int) -> 
         batched_tokens: the most tokens of a step (max_num_batched_tokens); when it counts the requests that
             fit, vLLM has window pages for those in flight in each.
     """
+    # Of a model whose sparse layers all have one.
+    pattern = plan.patterns[0] if len(set(plan.patterns)) == 1 else None
     blocks = memory // plan.block_bytes
     in_flight = STEPS_IN_FLIGHT * batched_tokens
     dense_bytes = plan.dense_bytes_per_request(length)
@@ -331,12 +334,19 @@ def describe(plan: CachePlan, length: int, memory: int, batched_tokens: int) -> 
             }
             for tier in plan.tiers
         ],
-        "residues": plan.patterns[0].kept_residues,
-        "vert_stride": plan.patterns[0].vert_stride,
+        "residues": None if pattern is None else pattern.kept_residues,
+        "vert_stride": None if pattern is None else pattern.vert_stride,
+        "heads": plan.heads,
+        "mixed": plan.is_mixed,
+        "sink_blocks": plan.sink_blocks,
+        "patterns": [_pattern_facts(plan, pattern) for pattern in dict.fromkeys(plan.patterns)],
         "kv_cache_groups": plan.total_groups,
         "padding": float(plan.padding),
+        "padding_by_tier": {tier.name: float(plan.padding_of(tier)) for tier in plan.tiers},
+        "padding_for_ranks": float(plan.rank_padding),
         "prefix_hit_tokens": plan.hit_alignment,
-        "union_complete": all(pattern.is_union_complete for pattern in plan.patterns),
+        "union_complete": plan.num_incomplete_layers == 0,
+        "layers_not_union_complete": plan.num_incomplete_layers,
         "stored_fraction_sparse_layer": plan.stored_fraction(length),
         "kv_bytes_per_request": plan.bytes_per_request(length),
         "kv_bytes_per_request_dense": dense_bytes,
@@ -345,6 +355,21 @@ def describe(plan: CachePlan, length: int, memory: int, batched_tokens: int) -> 
         "concurrent_requests": blocks / plan.blocks_per_request(length, in_flight),
         "concurrent_requests_decoding": blocks / plan.blocks_per_request(length),
         "concurrent_requests_dense": memory / dense_bytes,
+    }
+
+
+def _pattern_facts(plan: CachePlan, pattern: S2Pattern) -> dict[str, Any]:
+    """A pattern, and the layers that have it."""
+    return {
+        "layers": [
+            layer for layer, own in zip(plan.sparse_layers, plan.patterns, strict=True) if own == pattern
+        ],
+        "block_size": pattern.block_size,
+        "local_blocks": pattern.local_blocks,
+        "vert_stride": pattern.vert_stride,
+        "residues": pattern.kept_residues,
+        "full_heads": pattern.full_heads,
+        "sink_blocks": pattern.sink_blocks,
     }
 
 
@@ -361,8 +386,8 @@ def _table(facts: dict[str, Any]) -> str:
         "KV cache groups": f"{facts['kv_cache_groups']} ({facts['layers_per_entry']} sparse layers an entry, "
         f"padding {facts['padding']:.1%})",
         "prefix-cache hits": f"on multiples of {facts['prefix_hit_tokens']} tokens",
-        "residues by KV head": f"{_residues(facts['residues'])}, modulo {facts['vert_stride']}",
-        "old blocks": "each in some head's set" if facts["union_complete"] else "some in NO head's set",
+        **_heads_lines(facts),
+        "old blocks": _old_blocks(facts),
         "request": f"{facts['max_model_len']} tokens, per rank of {facts['tensor_parallel_size']}",
         "  a sparse layer stores": f"{facts['stored_fraction_sparse_layer']:.1%} of a dense one",
         "  KV cache": f"{_size(sparse)} ({sparse / dense:.1%} of {_size(dense)} if all layers were dense)",
@@ -373,6 +398,28 @@ def _table(facts: dict[str, Any]) -> str:
     }
     lines += ["", *(f"{name:<24}{text}" for name, text in notes.items())]
     return "\n".join(lines)
+
+
+def _heads_lines(facts: dict[str, Any]) -> dict[str, str]:
+    """Lines about the heads: their residues where all layers have one, their kinds where not."""
+    if not facts["mixed"]:
+        return {"residues by KV head": f"{_residues(facts['residues'])}, modulo {facts['vert_stride']}"}
+    padding = ", ".join(f"{tier} {share:.1%}" for tier, share in facts["padding_by_tier"].items())
+    return {
+        "KV heads": ", ".join(f"{count} {kind}" for kind, count in facts["heads"].items())
+        + f" in {sum(len(pattern['layers']) for pattern in facts['patterns'])} sparse layers",
+        "sinks": f"{facts['sink_blocks']} x {facts['patterns'][0]['block_size']} tokens",
+        "padding by tier": f"{padding}; for less full ranks {facts['padding_for_ranks']:.1%}",
+    }
+
+
+def _old_blocks(facts: dict[str, Any]) -> str:
+    incomplete = facts["layers_not_union_complete"]
+    if incomplete == 0:
+        return "each in some head's set"
+    layers = sum(len(pattern["layers"]) for pattern in facts["patterns"])
+    of_layers = "" if incomplete == layers else f", in {incomplete} of {layers} sparse layers"
+    return f"some in NO head's set{of_layers}"
 
 
 def _residues(by_head: Sequence[Sequence[int]]) -> str:

@@ -133,8 +133,7 @@ class CachePlan:
     @property
     def sink_pages(self) -> int:
         """The window tier's first pages, of which every request keeps all that hold sinks of some layer."""
-        tokens = max(pattern.sink_blocks * pattern.block_size for pattern in self.patterns)
-        return -(-tokens // self.page_slots)
+        return -(-self.sink_blocks * self.patterns[0].block_size // self.page_slots)
 
     @property
     def window_shape(self) -> tuple[int, int]:
@@ -275,6 +274,29 @@ class CachePlan:
         """
         return sum(pattern.stored_fraction(length) for pattern in self.patterns) / len(self.patterns)
 
+    @cached_property
+    def heads(self) -> dict[str, int]:
+        """KV heads of all sparse layers and ranks by their kind: "full", "streaming" or "strided"."""
+        full = sum(len(pattern.full_heads) for pattern in self.patterns)
+        streaming = sum(pattern.kept_residues.count(()) for pattern in self.patterns)
+        strided = len(self.patterns) * self.model.num_kv_heads - full - streaming
+        return {"full": full, "streaming": streaming, "strided": strided}
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether there is more to the heads than a strided set each, or layers differ."""
+        return self.patterns[0].kinds is not None or len(set(self.patterns)) > 1
+
+    @property
+    def sink_blocks(self) -> int:
+        """The most sinks of a layer, in blocks."""
+        return max(pattern.sink_blocks for pattern in self.patterns)
+
+    @property
+    def num_incomplete_layers(self) -> int:
+        """Sparse layers in which some old blocks are in no head's set."""
+        return sum(not pattern.is_union_complete for pattern in self.patterns)
+
     def needed_bytes_per_request(self, length: int) -> float:
         """KV bytes that the layers need for a request of `length` tokens, on one rank, on average."""
         ranks = range(self.tensor_parallel_size)
@@ -370,8 +392,8 @@ def plan_for(
         S2ConfigError: `block_size` cannot be honoured.
     """
     dense = tuple(i for i in range(model.num_layers) if i not in patterns)
-    first, *others = patterns.values()
-    if first.kinds is None and all(pattern == first for pattern in others):
+    first = next(iter(patterns.values()))
+    if first.kinds is None and set(patterns.values()) == {first}:
         return _choose(_uniform_plans(first, dense, model, tensor_parallel_size, block_size))
     return _choose_mixed(mixed_plans(patterns, dense, model, tensor_parallel_size, block_size))
 

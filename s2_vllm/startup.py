@@ -84,6 +84,11 @@ def _check_groups(plan: CachePlan, kv_cache_config: KVCacheConfig) -> None:
     for group in kv_cache_config.kv_cache_groups:
         spec = group.kv_cache_spec
         name = _tier_of(group.layer_names[0], spec, plan)
+        if name == "window" and getattr(spec, "sink_pages", 0) != plan.sink_pages:
+            raise RuntimeError(
+                f"KV cache group of the window tier: vLLM made it a {type(spec).__name__}, expected one that "
+                f"keeps the first {plan.sink_pages} pages of a sequence"
+            )
         actual[name, spec.block_size, spec.page_size_bytes] += 1
         entries[name] += len(group.layer_names)
     expected = Counter({(t.name, t.block_size, plan.page_bytes): plan.num_groups(t) for t in plan.tiers})
@@ -121,25 +126,49 @@ def _report(plan: CachePlan, vllm_config: VllmConfig, kv_cache_config: KVCacheCo
     memory = kv_cache_config.num_blocks * plan.block_bytes
     counted = plan.bytes_per_request(length, vllm_config.max_in_flight_tokens)
     _logger.info(
-        "S2-Attention: %d sparse and %d dense layers; tiers: %s; %d KV cache groups, padding %.1f%%; a "
+        "S2-Attention: %d sparse and %d dense layers; %stiers: %s; %d KV cache groups, padding %s; a "
         "sparse layer stores %.1f%% of a dense one at %d tokens; KV cache for %.2f requests of that length "
         "while they decode, %.2f by vLLM's count, which has window pages for %d tokens in flight of every "
         "request, %.2f if all were dense.%s",
         len(plan.sparse_layers),
         len(plan.dense_layers),
+        _heads(plan),
         ", ".join(f"{t.name} ({t.block_size}-token pages)" for t in plan.tiers),
         plan.total_groups,
-        100 * plan.padding,
+        _padding(plan),
         100 * plan.stored_fraction(length),
         length,
         memory / plan.bytes_per_request(length),
         memory / counted,
         vllm_config.max_in_flight_tokens,
         memory / plan.dense_bytes_per_request(length),
-        ""
-        if all(pattern.is_union_complete for pattern in plan.patterns)
-        else " Some old blocks are in no head's set.",
+        _old_blocks(plan),
     )
+
+
+def _heads(plan: CachePlan) -> str:
+    if not plan.is_mixed:
+        return ""
+    sinks = f", {plan.sink_blocks} sink blocks" if plan.sink_blocks else ""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in plan.heads.items())
+    return f"KV heads of the sparse layers: {kinds}{sinks}; "
+
+
+def _padding(plan: CachePlan) -> str:
+    """What padding there is, the strided tier's apart from the rest where its entries are packed."""
+    if not plan.is_mixed:
+        return f"{float(plan.padding):.1%}"
+    by_tier = ", ".join(f"{tier.name} {float(plan.padding_of(tier)):.1%}" for tier in plan.tiers)
+    return f"{by_tier} (for less full ranks {float(plan.rank_padding):.1%})" if plan.rank_padding else by_tier
+
+
+def _old_blocks(plan: CachePlan) -> str:
+    incomplete, layers = plan.num_incomplete_layers, len(plan.sparse_layers)
+    if plan.strided is None:
+        return " No head of a sparse layer sees more than its window and the sinks."
+    if 0 < incomplete < layers:
+        return f" In {incomplete} sparse layers some old blocks are in no head's set."
+    return " Some old blocks are in no head's set." if incomplete else ""
 
 
 def _read_config(model_config: ModelConfig) -> S2Config | None:

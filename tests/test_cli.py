@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 from vllm.utils.argparse_utils import human_readable_int
 
 from benchmarks.geometries import GEOMETRIES, Geometry
-from s2_vllm.cli import main, positive_count
+from s2_kernels.pattern import S2Pattern
+from s2_vllm import cli
+from s2_vllm.cli import describe, main, positive_count
+from s2_vllm.plan import ModelGeometry, plan_for
 
 GIB = 2**30
 
@@ -542,10 +545,27 @@ def test_facts(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ],
         "residues": [[0], [7], [6], [5], [4], [3], [2], [1]],
         "vert_stride": 8,
+        "heads": {"full": 0, "streaming": 0, "strided": 240},
+        "mixed": False,
+        "sink_blocks": 0,
+        "patterns": [
+            {
+                "layers": list(range(2, 32)),
+                "block_size": 64,
+                "local_blocks": 16,
+                "vert_stride": 8,
+                "residues": [[0], [7], [6], [5], [4], [3], [2], [1]],
+                "full_heads": [],
+                "sink_blocks": 0,
+            }
+        ],
         "kv_cache_groups": 3,
         "padding": pytest.approx(2 / 30),
+        "padding_by_tier": {"window": pytest.approx(2 / 30), "strided": pytest.approx(2 / 30), "dense": 0},
+        "padding_for_ranks": 0,
         "prefix_hit_tokens": 1024,
         "union_complete": True,
+        "layers_not_union_complete": 0,
         "stored_fraction_sparse_layer": (1024 - 64 + 131072 / 8) / 131072,
         "kv_bytes_per_request": (17 + 256 + 128) * 2 * 2**22,
         "kv_bytes_per_request_dense": 16 * GIB,
@@ -577,6 +597,26 @@ def test_table_of_a_pattern_with_gaps(tmp_path: Path, capsys: pytest.CaptureFixt
         "  fit in 700.00 MiB     33.29 while they decode (3.65 if all layers were dense)\n"
         "  by vLLM's count       10.13, with 2 steps of 512 tokens in flight of every request\n"
     )
+
+
+def test_heads_of_several_kinds() -> None:
+    """Two full heads, one strided and one streaming in layer 0, none but streaming ones in layer 1."""
+    window = {"local_blocks": 4, "sink_blocks": 1}
+    patterns = {
+        0: S2Pattern(64, 4, 2, (-1, -1, 1, -1), 4, 1, (0, 1)),
+        1: S2Pattern.build(4, 4, vert_stride=None, **window),
+    }
+    plan = plan_for(patterns, ModelGeometry(2, 4, 4, 128, 2))
+    facts = describe(plan, 4096, GIB, 512)
+    assert facts["heads"] == {"full": 2, "streaming": 5, "strided": 1}
+    assert (facts["residues"], facts["vert_stride"]) == (None, None)
+    assert [pattern["layers"] for pattern in facts["patterns"]] == [[0], [1]]
+    assert facts["patterns"][0]["residues"] == ((0, 1), (0, 1), (1,), ())
+    lines = cli._table(facts).splitlines()
+    assert "KV heads                2 full, 5 streaming, 1 strided in 2 sparse layers" in lines
+    assert "sinks                   1 x 64 tokens" in lines
+    assert any(line.startswith("padding by tier         window 0.0%, strided ") for line in lines)
+    assert "old blocks              some in NO head's set, in 1 of 2 sparse layers" in lines
 
 
 def test_residues_of_query_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

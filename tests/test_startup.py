@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from transformers import LlamaConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, SlidingWindowSpec
 
 from benchmarks.geometries import SERVED
 from s2_kernels.config import S2Config, S2ConfigError
+from s2_kernels.pattern import S2Pattern
 from s2_vllm import compat, managers, startup
-from s2_vllm.plan import ModelGeometry, attach_plan, make_plan, plan_of, uniform_plan
+from s2_vllm.plan import ModelGeometry, attach_plan, make_plan, plan_for, plan_of, uniform_plan
+from s2_vllm.specs import SinkWindowSpec
 from s2_vllm.startup import prepare, settle_kv_cache
 from tests.plans import DTYPE, cache_config, cache_groups, cache_specs, engine_config, reference_plan
 
@@ -156,7 +158,10 @@ def check(plan: CachePlan, specs: dict[str, KVCacheSpec], memory: int = 1 << 30)
     cache = cache_config(cache_groups(specs), memory)
     settle_kv_cache(config, cache)
     # The scheduler's managers go by them.
-    assert {type(group.kv_cache_spec) for group in cache.kv_cache_groups} <= set(managers._SPECS.values())
+    assert {type(group.kv_cache_spec) for group in cache.kv_cache_groups} <= {
+        *managers._SPECS.values(),
+        SinkWindowSpec,
+    }
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -221,6 +226,60 @@ def test_blocks_in_no_heads_set_are_reported(report: list[str]) -> None:
         "S2-Attention: 32 sparse and 0 dense layers; tiers: window (64-token pages), strided"
     )
     assert line.endswith("if all were dense. Some old blocks are in no head's set.")
+
+
+def mixed_plan(ranks: int = 1) -> CachePlan:
+    """Four layers of 4 KV heads, of which layer 0 has 3 full ones, layer 1 one, and the others none."""
+    full = [(0, 1, 2), (3,), (), ()]
+    patterns = {
+        layer: S2Pattern.build(4, 4, local_blocks=4, vert_stride=None, sink_blocks=1, full_heads=full[layer])
+        for layer in range(4)
+    }
+    return plan_for(patterns, ModelGeometry(4, 4, 4, 128, DTYPE.itemsize), ranks)
+
+
+@pytest.mark.parametrize("ranks", [1, 2], ids="tp{}".format)
+def test_heads_of_several_kinds_are_reported(report: list[str], ranks: int) -> None:
+    plan = mixed_plan(ranks)
+    check(plan, cache_specs(plan))
+    (line,) = report
+    assert line.startswith(
+        "S2-Attention: 4 sparse and 0 dense layers; KV heads of the sparse layers: 4 full, 12 streaming, "
+        "0 strided, 1 sink blocks; tiers: window (64-token pages), strided ("
+    )
+    padding = re.search(
+        r"KV cache groups, padding window (.*?)%, strided (.*?)%(?: \(for .* (.*)%\))?;", line
+    )
+    assert padding is not None
+    assert float(padding[2]) == pytest.approx(100 * plan.padding_of(plan.tiers[1]), abs=0.05)
+    # Two full heads a rank: 0 and 1 on the first, 2 and that of layer 1 on the other.
+    assert padding[3] is None
+    assert line.endswith(" In 2 sparse layers some old blocks are in no head's set.")
+
+
+def test_that_no_head_sees_old_blocks_is_reported(report: list[str]) -> None:
+    pattern = S2Pattern.build(4, 4, local_blocks=4, vert_stride=None, sink_blocks=1)
+    plan = plan_for({0: pattern, 1: pattern}, ModelGeometry(2, 4, 4, 128, DTYPE.itemsize))
+    check(plan, cache_specs(plan))
+    (line,) = report
+    assert "; tiers: window (64-token pages); 1 KV cache groups, " in line
+    assert line.endswith(" No head of a sparse layer sees more than its window and the sinks.")
+
+
+def test_a_window_without_its_sinks() -> None:
+    plan = mixed_plan()
+    specs = {
+        name: SlidingWindowSpec(
+            **{f.name: getattr(spec, f.name) for f in fields(spec) if f.name != "sink_pages"}
+        )
+        if isinstance(spec, SlidingWindowSpec)
+        else spec
+        for name, spec in cache_specs(plan).items()
+    }
+    with pytest.raises(
+        RuntimeError, match="vLLM made it a SlidingWindowSpec, expected one that keeps the fi"
+    ):
+        check(plan, specs)
 
 
 def test_another_plan() -> None:
