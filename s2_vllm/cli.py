@@ -15,7 +15,8 @@ from s2_kernels.config import HEADWISE_KEY, KEY, S2Config, S2ConfigError
 from s2_kernels.pattern import S2Pattern
 from s2_vllm.config_refusals import check_hf_config
 from s2_vllm.hf_config import HFConfig, read_config
-from s2_vllm.plan import CachePlan, make_plan
+from s2_vllm.plan import CachePlan
+from s2_vllm.planning import make_plan
 from s2_vllm.refusals import check_kv_cache_dtype, kv_cache_scheme
 
 DTYPES = {

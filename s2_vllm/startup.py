@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from s2_kernels.config import KEY, S2Config, S2ConfigError, find_model_config
 from s2_vllm import refusals
-from s2_vllm.plan import CachePlan, ModelGeometry, attach_plan, make_plan, plan_of
+from s2_vllm.plan import CachePlan, ModelGeometry, attach_plan, plan_of
+from s2_vllm.planning import make_plan
 from s2_vllm.specs import STRIDED_SUFFIX
 
 if TYPE_CHECKING:

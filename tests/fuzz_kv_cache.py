@@ -17,7 +17,8 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from s2_kernels.pattern import NO_RESIDUE, S2Pattern
-from s2_vllm.plan import CachePlan, ModelGeometry, mixed_plans, uniform_plan
+from s2_vllm.plan import CachePlan, ModelGeometry, uniform_plan
+from s2_vllm.planning import mixed_plans
 from tests.kv_cache_simulation import MAX_BATCHED_TOKENS, MAX_MODEL_LEN, Sequence, Simulation
 from tests.plans import cache_specs
 

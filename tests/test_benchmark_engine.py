@@ -27,7 +27,8 @@ from benchmarks.engine.workloads import TINY_MIX, Measurement, latency, throughp
 from benchmarks.geometries import SERVED
 from benchmarks.results_file import write_results
 from s2_kernels.config import find_config
-from s2_vllm.plan import ModelGeometry, make_plan
+from s2_vllm.plan import ModelGeometry
+from s2_vllm.planning import make_plan
 
 HEADER = {
     "date": "2026-01-01T00:00:00+00:00",

@@ -21,7 +21,8 @@ from benchmarks.geometries import GEOMETRIES, Geometry
 from s2_kernels.pattern import S2Pattern
 from s2_vllm import cli
 from s2_vllm.cli import describe, main, positive_count
-from s2_vllm.plan import ModelGeometry, plan_for
+from s2_vllm.plan import ModelGeometry
+from s2_vllm.planning import plan_for
 
 GIB = 2**30
 

@@ -23,7 +23,8 @@ from s2_kernels.config import (
 )
 from s2_kernels.pattern import S2Pattern
 from s2_vllm import config
-from s2_vllm.plan import ModelGeometry, make_plan
+from s2_vllm.plan import ModelGeometry
+from s2_vllm.planning import make_plan
 
 LAYERS = 4
 

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
 from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHash, KVCacheBlock, make_block_hash_with_group_id
 from vllm.v1.core.single_type_kv_cache_manager import (
     FullAttentionManager,
     SingleTypeKVCacheManager,
@@ -21,13 +22,20 @@ from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheGroupSpec,
+    KVCacheSpecKind,
     MLAAttentionSpec,
+    SlidingWindowSpec,
     get_kv_cache_spec_kind,
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from s2_vllm.managers import QuickFullAttentionManager, QuickSlidingWindowManager, use_quick_managers
-from s2_vllm.specs import QuickFullAttentionSpec, QuickSlidingWindowSpec
+from s2_vllm.managers import (
+    QuickFullAttentionManager,
+    QuickSlidingWindowManager,
+    SinkWindowManager,
+    use_quick_managers,
+)
+from s2_vllm.specs import QuickFullAttentionSpec, QuickSlidingWindowSpec, SinkWindowSpec
 from tests.fuzz_kv_cache import random_episode
 from tests.kv_cache_simulation import Simulation
 from tests.plans import DTYPE, cache_config, cache_groups, cache_specs, reference_plan
@@ -204,3 +212,99 @@ def test_other_kinds_of_groups_keep_their_managers() -> None:
     use_quick_managers(config)
     assert [group.kv_cache_spec for group in config.kv_cache_groups] == specs
     assert all(type(spec) is not FullAttentionSpec for spec in specs)
+
+
+def sink_manager() -> SinkWindowManager:
+    """Of pages of 16 tokens, a window of 32 and two pages of sinks, in a pool of 20."""
+    spec = SinkWindowSpec(
+        block_size=16, num_kv_heads=1, head_size=8, dtype=DTYPE, sliding_window=32, sink_pages=2
+    )
+    pool = BlockPool(20, True, 16)
+    return SinkWindowManager(
+        spec, block_pool=pool, enable_caching=True, kv_cache_group_id=0, scheduler_block_size=16
+    )
+
+
+HASHES = [BlockHash(bytes([page]) * 32) for page in range(8)]
+
+
+def cached(manager: SinkWindowManager, pages: list[int]) -> dict[int, KVCacheBlock]:
+    """Free blocks that are cached as these pages of a prompt."""
+    pool = manager.block_pool
+    blocks = dict(zip(pages, pool.get_new_blocks(len(pages)), strict=True))
+    for page, block in blocks.items():
+        pool.cached_block_hash_to_block.insert(make_block_hash_with_group_id(HASHES[page], 0), block)
+    pool.free_blocks(blocks.values())
+    return blocks
+
+
+def find(manager: SinkWindowManager, alignment: int = 16) -> tuple[list[KVCacheBlock], int]:
+    (blocks,), length = manager.find_longest_cache_hit(
+        HASHES, 128, [0], manager.block_pool, manager.kv_cache_spec, False, alignment
+    )
+    return blocks, length
+
+
+def test_a_hit_needs_the_sinks() -> None:
+    """The window of the token after 128 begins in page 6."""
+    manager = sink_manager()
+    blocks = cached(manager, [0, 1, 6, 7])
+    null = manager.block_pool.null_block
+    assert find(manager) == ([blocks[0], blocks[1], *[null] * 4, blocks[6], blocks[7]], 128)
+
+
+@pytest.mark.parametrize(
+    ("pages", "alignment", "length"),
+    [([0, 6, 7], 16, 16), ([1, 6, 7], 16, 0), ([0, 6, 7], 32, 0), ([0, 1, 6, 7], 32, 128), ([0, 1], 32, 32)],
+)
+def test_a_hit_ends_before_a_sink_that_is_not_cached(pages: list[int], alignment: int, length: int) -> None:
+    manager = sink_manager()
+    blocks = cached(manager, pages)
+    found, hit = find(manager, alignment)
+    assert hit == length
+    assert len(found) * 16 == length
+    assert all(found[page] is blocks[page] for page in range(min(2, len(found))))
+
+
+def test_the_sinks_of_a_hit_count_and_are_kept() -> None:
+    """Four cached blocks leave the free ones, and two are new; without sinks it would be two and two."""
+    manager = sink_manager()
+    blocks = cached(manager, [0, 1, 6, 7])
+    found, hit = find(manager)
+    free = manager.block_pool.get_num_free_blocks()
+    needed = manager.get_num_blocks_to_allocate("request", 160, found, hit, hit, 160)
+    assert needed == 4 + 2
+    manager.add_local_computed_blocks("request", found, hit, 0)
+    assert manager.req_to_blocks["request"] == found
+    assert all(block.ref_cnt == 1 for block in blocks.values())
+    manager.allocate_new_blocks("request", 160, 160)
+    assert free - manager.block_pool.get_num_free_blocks() == needed
+
+
+def test_the_sinks_are_never_freed() -> None:
+    manager = sink_manager()
+    manager.allocate_new_blocks("request", 128, 128)
+    for tokens in range(0, 127, 7):
+        manager.remove_skipped_blocks("request", tokens)
+    held = [not block.is_null for block in manager.req_to_blocks["request"]]
+    # After 126 tokens the window begins with token 95, the last of page 5.
+    assert held == [True, True, False, False, False, True, True, True]
+
+
+def test_the_sinks_are_always_cached() -> None:
+    """A hit on a multiple of 128 tokens needs the two pages before it."""
+    manager = sink_manager()
+    arguments = 128, manager.kv_cache_spec, False
+    reachable = [True, True, *[False] * 4, True, True, *[False] * 4]
+    assert manager.reachable_block_mask(0, 12, *arguments) == reachable
+    assert manager.reachable_block_mask(1, 12, *arguments) == reachable[1:]
+    assert manager.reachable_block_mask(0, 1, *arguments) == [True]
+    assert manager.reachable_block_mask(0, 12, 32, manager.kv_cache_spec, False) is None
+
+
+def test_the_window_tier_with_sinks_gets_its_manager() -> None:
+    spec = sink_manager().kv_cache_spec
+    use_quick_managers(SimpleNamespace(kv_cache_groups=[KVCacheGroupSpec([], spec)]))
+    assert KVCacheSpecRegistry.get_manager_class(spec) is SinkWindowManager
+    assert KVCacheSpecRegistry.get_uniform_type_base_spec(spec) is SlidingWindowSpec
+    assert get_kv_cache_spec_kind(spec) == KVCacheSpecKind.SLIDING_WINDOW

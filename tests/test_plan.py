@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from copy import copy
 from fractions import Fraction
+from random import Random
 from typing import Any
 
 import pytest
@@ -16,22 +17,18 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
 from benchmarks.geometries import SERVED
 from s2_kernels.config import S2Config, S2ConfigError
-from s2_vllm.plan import (
-    MAX_PADDING,
-    CachePlan,
-    ModelGeometry,
-    Tier,
-    attach_plan,
-    make_plan,
-    plan_of,
-    uniform_plan,
-)
+from s2_kernels.pattern import S2Pattern
+from s2_vllm.packing import Packing, share_tightly
+from s2_vllm.plan import CachePlan, ModelGeometry, Tier, attach_plan, plan_of, uniform_plan
+from s2_vllm.planning import MAX_PADDING, make_plan, mixed_plans, plan_for
+from tests.fuzz_kv_cache import random_pattern
 from tests.plans import (
     DTYPE,
     cache_config,
     cache_groups,
     cache_specs,
     engine_config,
+    random_full_heads,
     reference_plan,
     tier_of,
 )
@@ -42,8 +39,8 @@ few = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 
 @st.composite
-def plans(draw: st.DrawFn) -> CachePlan:
-    """Plans of every shape: any mix of layers and number of entries, `make_plan`'s choice or not.
+def uniform_plans(draw: st.DrawFn) -> CachePlan:
+    """Plans of layers with one pattern: any mix and number of entries, `make_plan`'s choice or not.
 
     KV heads keep fewer residues than the stride has. If they kept all, a strided page would be laid out
     like a dense one, and vLLM would put both in one group.
@@ -77,8 +74,27 @@ def plans(draw: st.DrawFn) -> CachePlan:
     )
 
 
+@st.composite
+def plans_of_mixed_heads(draw: st.DrawFn) -> CachePlan:
+    """Any of the plans that are looked at for layers with full, streaming and strided heads."""
+    rng = draw(st.randoms(use_true_random=False))
+    ranks = rng.choice([1, 2, 4])
+    kv_heads = ranks * rng.randint(1, 3)
+    layers = rng.randint(1, 12)
+    sparse = sorted(rng.sample(range(layers), rng.randint(1, layers)))
+    patterns = {layer: random_pattern(rng, kv_heads, most_sinks=rng.randint(0, 3)) for layer in sparse}
+    dense = tuple(layer for layer in range(layers) if layer not in sparse)
+    model = ModelGeometry(layers, kv_heads, kv_heads, 64, 2)
+    chosen = plan_for(patterns, model, ranks)
+    others = list(mixed_plans(patterns, dense, model, ranks, None))
+    return chosen if rng.random() < 0.3 else rng.choice(others)
+
+
+plans = st.one_of(uniform_plans(), plans_of_mixed_heads())
+
+
 @few
-@given(plan=plans())
+@given(plan=plans)
 def test_groups_are_vllms(plan: CachePlan) -> None:
     specs = cache_specs(plan)
     groups = cache_groups(specs)
@@ -92,6 +108,7 @@ def test_groups_are_vllms(plan: CachePlan) -> None:
         assert group.kv_cache_spec.block_size == block_sizes[tier_of(group)]
         assert group.kv_cache_spec.num_kv_heads == heads[tier_of(group)]
         assert group.kv_cache_spec.page_size_bytes == plan.page_bytes
+        assert getattr(group.kv_cache_spec, "sink_pages", plan.sink_pages) == plan.sink_pages
         assert group.kv_cache_spec.num_states * heads[tier_of(group)] == plan.page_slots * (
             plan.num_kv_heads * plan.layers_per_entry
         )
@@ -112,7 +129,7 @@ def test_groups_of_few_layers_are_vllms(sparse: int) -> None:
 
 
 @few
-@given(plan=plans(), blocks=st.integers(1, 99))
+@given(plan=plans, blocks=st.integers(1, 99))
 def test_memory_is_vllms(plan: CachePlan, blocks: int) -> None:
     groups = cache_groups(cache_specs(plan))
     assert cache_config(groups, blocks * plan.block_bytes).num_blocks == blocks
@@ -120,7 +137,7 @@ def test_memory_is_vllms(plan: CachePlan, blocks: int) -> None:
 
 
 @few
-@given(plan=plans(), length=st.integers(1, 20000), in_flight=st.integers(1, 9000))
+@given(plan=plans, length=st.integers(1, 20000), in_flight=st.integers(1, 9000))
 def test_blocks_per_request_are_vllms(plan: CachePlan, length: int, in_flight: int) -> None:
     config = engine_config(length, in_flight)
     groups = cache_groups(cache_specs(plan))
@@ -132,7 +149,7 @@ def test_blocks_per_request_are_vllms(plan: CachePlan, length: int, in_flight: i
 
 
 @few
-@given(plan=plans())
+@given(plan=plans)
 def test_hits_align_as_vllm_aligns_them(plan: CachePlan) -> None:
     groups = cache_groups(cache_specs(plan))
     pool = KVCacheConfig(num_blocks=1, kv_cache_tensors=[], kv_cache_groups=groups)
@@ -141,7 +158,7 @@ def test_hits_align_as_vllm_aligns_them(plan: CachePlan) -> None:
 
 
 @few
-@given(plan=plans())
+@given(plan=uniform_plans())
 def test_a_page_holds_whole_super_blocks(plan: CachePlan) -> None:
     pattern = plan.patterns[0]
     assert plan.page_slots % (pattern.num_kept * pattern.block_size) == 0
@@ -464,3 +481,134 @@ def test_a_plan_goes_along_with_a_configuration() -> None:
     assert plan_of(config) is None
     attach_plan(config, plan)
     assert plan_of(copy(config)) is plan
+
+
+LONG = 131072
+LLAMA_3_1_8B = ModelGeometry(32, 32, 8, 128, DTYPE.itemsize)
+LLAMA_2_7B = ModelGeometry(32, 32, 32, 128, DTYPE.itemsize)
+
+
+def streaming_patterns(model: ModelGeometry, full_heads: list[tuple[int, ...]]) -> dict[int, S2Pattern]:
+    """As DuoAttention is deployed: 64 tokens of sinks, 256 recent ones; the full heads as drawn."""
+    heads = model.num_heads, model.num_kv_heads
+    return {
+        layer: S2Pattern.build(*heads, local_blocks=4, vert_stride=None, sink_blocks=1, full_heads=full)
+        for layer, full in enumerate(full_heads)
+    }
+
+
+def waste(plan: CachePlan) -> float:
+    """KV bytes of a long request over those that its heads need, less 1."""
+    return plan.bytes_per_request(LONG) / plan.needed_bytes_per_request(LONG) - 1
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_half_of_the_heads_of_llama_3_1_8b(seed: int) -> None:
+    """DuoAttention reports 1.67 times less at a budget of one half; the least possible is 1.99."""
+    full_heads = random_full_heads(Random(seed), 32, 8, 128)
+    plan = plan_for(streaming_patterns(LLAMA_3_1_8B, full_heads), LLAMA_3_1_8B)
+    assert plan.total_groups <= 8
+    assert plan.hit_alignment <= 1024
+    assert waste(plan) <= 0.12
+    assert plan.dense_bytes_per_request(LONG) >= 1.75 * plan.bytes_per_request(LONG)
+    assert len(cache_groups(cache_specs(plan))) == plan.total_groups
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_quarter_of_the_heads_of_llama_2_7b(seed: int) -> None:
+    """DuoAttention reports 2.55 times less at a budget of one quarter; the least possible is 3.95."""
+    full_heads = random_full_heads(Random(seed), 32, 32, 256)
+    plan = plan_for(streaming_patterns(LLAMA_2_7B, full_heads), LLAMA_2_7B)
+    assert plan.total_groups <= 8
+    assert plan.hit_alignment <= 1024
+    assert waste(plan) <= 0.12
+    assert plan.dense_bytes_per_request(LONG) >= 2.9 * plan.bytes_per_request(LONG)
+
+
+@settings(few, max_examples=50)
+@given(
+    full=st.lists(st.integers(1, 8), min_size=32, max_size=32),
+    dense=st.sets(st.integers(0, 31), max_size=4),
+    sinks=st.integers(0, 2),
+    stride=st.sampled_from([None, None, 4, 8]),
+)
+def test_any_number_of_full_heads(full: list[int], dense: set[int], sinks: int, stride: int | None) -> None:
+    """From 1 to all 8 KV heads of each layer, the rest streaming or strided."""
+    patterns = {
+        layer: S2Pattern.build(32, 8, vert_stride=stride, sink_blocks=sinks, full_heads=range(count))
+        for layer, count in enumerate(full)
+        if layer not in dense
+    }
+    plan = plan_for(patterns, LLAMA_3_1_8B)
+    assert plan.total_groups <= 8
+    assert waste(plan) <= 0.12
+
+
+@pytest.mark.parametrize(("ranks", "least"), [(2, 1.75), (4, 1.65), (8, 1.5)], ids="{}".format)
+def test_ranks_that_are_less_full(ranks: int, least: float) -> None:
+    """Layers that share an entry make up for each other's ranks."""
+    ratios = []
+    for seed in range(10):
+        full_heads = random_full_heads(Random(seed), 32, 8, 128)
+        plan = plan_for(streaming_patterns(LLAMA_3_1_8B, full_heads), LLAMA_3_1_8B, ranks)
+        assert plan.total_groups <= 8
+        fullest = max(
+            sum(len(plan.pattern_of(layer, rank).full_heads) for layer in range(32)) for rank in range(ranks)
+        )
+        # No plan has less: all ranks have as many pages as the fullest.
+        assert plan.rank_padding >= Fraction(fullest * ranks, 128) - 1
+        least_bytes = fullest * LONG * plan.token_bytes / plan.num_kv_heads
+        assert plan.bytes_per_request(LONG) <= 1.12 * least_bytes
+        ratios.append(plan.dense_bytes_per_request(LONG) / plan.bytes_per_request(LONG))
+    assert sum(ratios) / len(ratios) >= least
+
+
+def test_places_and_shapes_written_out() -> None:
+    """Of 4 KV heads on 2 ranks: 2 and 1 full ones in layer 0, 4 strided ones in layer 1, none in layer 2.
+
+    A full head of stride 2 keeps both residues, the other heads of layer 0 none.
+    """
+    patterns = {
+        0: S2Pattern(64, 2, 2, (-1, -1, -1, 1), 4, 1, (0, 1, 2)),
+        1: S2Pattern(64, 3, 4, (0, 1, 2, 3), 4),
+        2: S2Pattern(64, 1, 1, (-1,) * 4, 4),
+    }
+    model = ModelGeometry(4, 4, 4, 64, 2)
+    sizes = ((8, 6), (2, 2), (0, 0))
+    strided = Packing(12, 512, sizes, share_tightly(sizes, 12))
+    plan = CachePlan(model, tuple(patterns.values()), (0, 1, 2), (3,), 2, 64 * 4, 3, strided)
+    assert plan.window_shape == (6, 256)
+    assert plan.strided_shape == (12, 128)
+    assert [plan.window_place(index) for index in range(3)] == [(0, 0), (0, 2), (0, 4)]
+    assert [plan.strided_place(1, rank) for rank in range(2)] == [(0, 8), (0, 6)]
+    assert plan.strided_place(2, 0) is None
+    assert [plan.layout_of(index, 1).residue_slots for index in range(3)] == [256, 128, 512]
+    assert plan.layout_of(0, 1).strided_shape == (3, 256)
+    assert (plan.window_tokens, plan.sink_pages, plan.num_incomplete_layers) == (192, 1, 1)
+    assert plan.heads == {"full": 3, "streaming": 4, "strided": 5}
+    assert plan.rank_padding == Fraction(10 * 2, 18) - 1
+    assert plan.tiers[1] == Tier("strided", 2, 1, 512, 12, 128)
+    assert plan.padding_of(plan.tiers[1]) == Fraction(12, 9) - 1
+
+
+def test_no_strided_tier_where_all_heads_stream() -> None:
+    plan = plan_for(streaming_patterns(LLAMA_3_1_8B, [()] * 32), LLAMA_3_1_8B)
+    assert [tier.name for tier in plan.tiers] == ["window"]
+    assert plan.strided_place(0, 0) is None
+    assert plan.total_groups == len(cache_groups(cache_specs(plan))) == 1
+
+
+def test_a_block_size_for_heads_of_several_kinds() -> None:
+    patterns = streaming_patterns(LLAMA_3_1_8B, [()] + [(0, 5)] * 30)
+    assert plan_for(patterns, LLAMA_3_1_8B, block_size=512).dense_block_size == 512
+    message = r"^block_size: 96, expected a multiple of 64 of at least 64, or none at all$"
+    with pytest.raises(S2ConfigError, match=message):
+        plan_for(patterns, LLAMA_3_1_8B, block_size=96)
+    full = {layer: S2Pattern.build(32, 8, full_heads=range(7)) for layer in range(31)}
+    message = r"^block_size: 64, expected a multiple of 64 of at least 512, or none at all$"
+    with pytest.raises(S2ConfigError, match=message):
+        plan_for(full, LLAMA_3_1_8B, block_size=64)
+    # Pages of strided and dense layers that are laid out alike would be in one group.
+    patterns = streaming_patterns(LLAMA_3_1_8B, [tuple(range(7))] * 31)
+    with pytest.raises(S2ConfigError, match=r"^block_size: 64, expected a larger number, or none at all$"):
+        plan_for(patterns, LLAMA_3_1_8B, block_size=64)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import fields, replace
 from fractions import Fraction
 
 import pytest
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 
+from benchmarks import engine_cache
 from s2_kernels.config import S2Config
-from s2_vllm.plan import CachePlan, ModelGeometry, make_plan
-from s2_vllm.specs import STRIDED_SUFFIX, strided_spec, window_spec
-from tests.plans import DTYPE, reference_plan
+from s2_kernels.pattern import S2Pattern
+from s2_vllm.plan import CachePlan, ModelGeometry
+from s2_vllm.planning import make_plan, plan_for
+from s2_vllm.specs import STRIDED_SUFFIX, SinkWindowSpec, strided_spec, window_spec
+from tests.plans import DTYPE, cache_config, cache_groups, cache_specs, reference_plan
 
 THREE_OF_EIGHT = make_plan(S2Config(2, 8, pattern_heads="query"), ModelGeometry(4, 6, 2, 128, DTYPE.itemsize))
 """Three query heads to a KV head, each with a residue of its own: 64 slots for 512 / 3 tokens."""
@@ -46,6 +51,54 @@ def test_specs(
     # vLLM asks for an int in places, and a Fraction of denominator 1 is none.
     assert type(strided.tokens_per_state) is type(tokens_per_state)
     assert strided.num_states == slots
+
+
+def sink_plan(sink_blocks: int) -> CachePlan:
+    pattern = S2Pattern.build(4, 2, block_size=16, vert_stride=None, sink_blocks=sink_blocks, full_heads=[1])
+    return plan_for({0: pattern, 1: pattern}, ModelGeometry(2, 4, 2, 64, DTYPE.itemsize))
+
+
+@pytest.mark.parametrize(("sink_blocks", "pages"), [(1, 1), (2, 1), (3, 2)])
+def test_sinks_keep_the_first_pages(sink_blocks: int, pages: int) -> None:
+    """Of 32 tokens, two blocks."""
+    plan = sink_plan(sink_blocks)
+    assert plan.page_slots == 32
+    spec = window_spec(plan, DTYPE)
+    without = window_spec(sink_plan(0), DTYPE)
+    assert type(spec) is SinkWindowSpec
+    assert type(without) is SlidingWindowSpec
+    assert spec.sink_pages == pages
+    shared = {f.name: getattr(spec, f.name) for f in fields(without)}
+    assert SlidingWindowSpec(**shared) == without
+    most = without.max_admission_blocks_per_request(100, 1000)
+    assert spec.max_admission_blocks_per_request(100, 1000) == most + pages
+    # vLLM's worker, from 0.33 on, is to blank no page in a block table.
+    assert spec.num_retained_tokens == 0
+
+
+def test_what_vllm_does_with_a_spec_leaves_its_sinks() -> None:
+    spec = window_spec(sink_plan(3), DTYPE)
+    for made in (
+        replace(spec, extra_retained_tokens=0),
+        spec.copy_with_new_block_size(spec.block_size),
+        type(spec).merge([spec, spec]),
+        pickle.loads(pickle.dumps(spec)),
+    ):
+        assert made == spec
+        assert type(made) is SinkWindowSpec
+    assert spec != replace(spec, sink_pages=1)
+    with pytest.raises(AssertionError):
+        type(spec).merge([spec, replace(spec, sink_pages=1)])
+
+
+def test_a_model_of_windows_alone_is_one_group() -> None:
+    """vLLM takes another way where all specs are alike."""
+    pattern = S2Pattern.build(4, 2, block_size=16, vert_stride=None, sink_blocks=1)
+    plan = plan_for({0: pattern, 1: pattern}, ModelGeometry(2, 4, 2, 64, DTYPE.itemsize))
+    (group,) = cache_groups(cache_specs(plan))
+    assert group.kv_cache_spec == window_spec(plan, DTYPE)
+    config = engine_cache.generate_scheduler_kv_cache_config([cache_config([group], 1 << 24)])
+    assert config.kv_cache_groups[0].kv_cache_spec == window_spec(plan, DTYPE)
 
 
 def test_the_strided_tier_is_the_layers_sibling() -> None:

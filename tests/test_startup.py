@@ -16,7 +16,8 @@ from benchmarks.geometries import SERVED
 from s2_kernels.config import S2Config, S2ConfigError
 from s2_kernels.pattern import S2Pattern
 from s2_vllm import compat, managers, startup
-from s2_vllm.plan import ModelGeometry, attach_plan, make_plan, plan_for, plan_of, uniform_plan
+from s2_vllm.plan import ModelGeometry, attach_plan, plan_of, uniform_plan
+from s2_vllm.planning import make_plan, plan_for
 from s2_vllm.specs import SinkWindowSpec
 from s2_vllm.startup import prepare, settle_kv_cache
 from tests.plans import DTYPE, cache_config, cache_groups, cache_specs, engine_config, reference_plan

@@ -25,6 +25,8 @@ TESTS = {
     "s2_kernels.masks": "tests/test_masks.py",
     "s2_kernels.config": "tests/test_config.py",
     "s2_vllm.plan": "tests/test_plan.py",
+    "s2_vllm.planning": "tests/test_plan.py",
+    "s2_vllm.packing": "tests/test_packing.py",
     "s2_vllm.specs": "tests/test_specs.py",
     "s2_vllm.refusals": "tests/test_refusals.py",
     "s2_vllm.startup": "tests/test_startup.py",
