@@ -29,7 +29,10 @@ MAX_MIXED_GROUPS = 8
 # Tokens of the request whose KV bytes such a plan keeps low, and how much more than the least it may take for
 # finer hits and fewer groups.
 LONG_REQUEST = 131072
-MAX_MORE_BYTES = Fraction(3, 100)
+MAX_MORE_BYTES = Fraction(1, 20)
+
+# Tokens: where hits land on multiples of no more, few groups are worth more than finer hits.
+FINE_HITS = 1024
 
 # Super-blocks of its pages, at most: so many fit as many times less rows.
 MAX_SUPER_BLOCKS = 16
@@ -209,9 +212,15 @@ def _choose_mixed(plans: list[CachePlan]) -> CachePlan:
     few = [plan for plan in by_groups if plan.total_groups <= fewest]
     least = min(plan.bytes_per_request(LONG_REQUEST) for plan in few)
     slim = [plan for plan in few if plan.bytes_per_request(LONG_REQUEST) <= least * (1 + MAX_MORE_BYTES)]
-    finest = min(plan.hit_alignment for plan in slim)
-    fine = [plan for plan in slim if plan.hit_alignment <= MAX_COARSER_HITS * finest]
-    return min(fine, key=lambda plan: (plan.total_groups, plan.hit_alignment, plan.block_bytes))
+    return min(
+        slim,
+        key=lambda plan: (
+            max(plan.hit_alignment, FINE_HITS),
+            plan.total_groups,
+            plan.hit_alignment,
+            plan.block_bytes,
+        ),
+    )
 
 
 def _padding_entries(entries: int, num_dense: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, given, note, settings
@@ -13,7 +13,11 @@ from vllm.v1.kv_cache_interface import KVCacheSpec, SlidingWindowSpec
 
 from s2_kernels.layout import TierLayout
 from s2_kernels.pattern import S2Pattern
+from s2_vllm.managers import SinkWindowManager
+from s2_vllm.packing import Place
 from s2_vllm.plan import CachePlan, ModelGeometry, uniform_plan
+from s2_vllm.planning import plan_for
+from s2_vllm.specs import SinkWindowSpec
 from tests import fuzz_kv_cache
 from tests.fuzz_kv_cache import BLOCK, Add, carry_out, random_episode
 from tests.kv_cache_simulation import Memory, Simulation
@@ -123,6 +127,54 @@ def test_wrong_residues_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CachePlan, "layout_of", moved)
     with pytest.raises(AssertionError, match="attends to what it does not keep"):
         serve_one_long_request(cache_specs(PLAN))
+
+
+MIXED = plan_for(
+    {
+        # On both ranks a full head and a strided one; two streaming ones; a full and a streaming one.
+        0: S2Pattern(BLOCK, 3, 4, (-1, 0, 3, -1), 4, 1, (0, 3)),
+        1: S2Pattern(BLOCK, 1, 1, (-1,) * 4, 4, 3),
+        2: S2Pattern(BLOCK, 2, 1, (-1,) * 4, 4, 0, (1, 2)),
+        3: S2Pattern(BLOCK, 2, 2, (1, 1, 0, -1), 4, 0, (3,)),
+    },
+    ModelGeometry(num_layers=5, num_heads=4, num_kv_heads=4, head_size=8, dtype_bytes=2),
+    tensor_parallel_size=2,
+)
+
+
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+def test_the_specs_of_a_plan_of_mixed_heads(steps_in_flight: int) -> None:
+    events = serve_one_long_request(cache_specs(MIXED), MIXED, steps_in_flight)
+    assert events["window pages seen freed"] > 0
+    assert events["blocks read in the sinks tier"] > 0
+
+
+def test_a_sink_that_is_freed_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(SinkWindowManager, "_remove_blocks_in_range")
+    with pytest.raises(AssertionError, match="a sink freed"):
+        serve_one_long_request(cache_specs(MIXED), MIXED)
+
+
+def test_too_few_sinks_are_noticed() -> None:
+    specs = {
+        name: replace(spec, sink_pages=MIXED.sink_pages - 1) if isinstance(spec, SinkWindowSpec) else spec
+        for name, spec in cache_specs(MIXED).items()
+    }
+    with pytest.raises(AssertionError, match="a sink freed"):
+        serve_one_long_request(specs, MIXED)
+
+
+@pytest.mark.parametrize("method", ["window_place", "strided_place"])
+def test_layers_in_each_others_place_are_noticed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place_of = getattr(CachePlan, method)
+
+    def at_the_start(*arguments: Any, **named: Any) -> Place | None:
+        place = place_of(*arguments, **named)
+        return place and place._replace(first=0)
+
+    monkeypatch.setattr(CachePlan, method, at_the_start)
+    with pytest.raises(AssertionError, match="wrong tokens"):
+        serve_one_long_request(cache_specs(MIXED), MIXED)
 
 
 def test_a_skipped_write_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

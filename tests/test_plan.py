@@ -563,6 +563,18 @@ def test_ranks_that_are_less_full(ranks: int, least: float) -> None:
     assert sum(ratios) / len(ratios) >= least
 
 
+@pytest.mark.parametrize("num_dense", range(1, 32))
+def test_dense_layers_beside_heads_of_several_kinds(num_dense: int) -> None:
+    """Where nearly all layers are dense, it takes entries that no layer uses to have few groups."""
+    full_heads = random_full_heads(Random(1), 32, 8, 128)
+    patterns = streaming_patterns(LLAMA_3_1_8B, full_heads)
+    plan = plan_for({layer: patterns[layer] for layer in range(num_dense, 32)}, LLAMA_3_1_8B)
+    assert plan.total_groups <= 8
+    assert plan.hit_alignment <= 2048
+    assert waste(plan) <= (0.13 if num_dense <= 24 else 0.6)
+    assert len(cache_groups(cache_specs(plan))) == plan.total_groups
+
+
 def test_places_and_shapes_written_out() -> None:
     """Of 4 KV heads on 2 ranks: 2 and 1 full ones in layer 0, 4 strided ones in layer 1, none in layer 2.
 
