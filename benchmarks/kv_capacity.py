@@ -74,18 +74,18 @@ def measure(geometry: Geometry, variant: str, memory: int) -> dict[str, Any]:
     config = engine_config(
         geometry, sparse, max_model_len=MAX_MODEL_LEN, max_num_batched_tokens=batched_tokens
     )
+    plan = plan_of(config)
     facts = {
         "max_model_len": MAX_MODEL_LEN,
         "max_num_batched_tokens": batched_tokens,
         "kv_cache_bytes": memory,
-        "stored_fraction_sparse_layer": geometry.pattern.stored_fraction(MAX_MODEL_LEN) if sparse else 1.0,
+        "stored_fraction_sparse_layer": plan.stored_fraction(MAX_MODEL_LEN) if plan else 1.0,
     }
     try:
         cache = cache_config(config, geometry, memory)
     except ValueError as error:
         return facts | {"concurrent_requests": None, "reason": str(error).split(" Based on")[0]}
     tokens, requests = get_kv_cache_capacity(config, cache)
-    plan = plan_of(config)
     decoding = cache.num_blocks / plan.blocks_per_request(MAX_MODEL_LEN) if plan else requests
     return facts | {
         "kv_cache_groups": len(cache.kv_cache_groups),
