@@ -32,7 +32,8 @@ POISON_PAGE = 0
 class Geometry:
     """A pattern and the shape of its caches; page_slots None is the fewest slots.
 
-    Heads of several kinds have `residue_slots` of their own, one block by default.
+    Heads of several kinds have `residue_slots` of their own, one block by default; so may other heads, whose
+    pages then differ between the tiers.
     """
 
     pattern: S2Pattern
@@ -43,7 +44,7 @@ class Geometry:
     @property
     def layout(self) -> TierLayout:
         p = self.pattern
-        if p.kinds is None:
+        if p.kinds is None and not self.residue_slots:
             return TierLayout(p, self.page_slots or p.num_kept * p.block_size)
         return TierLayout(p, self.page_slots or p.block_size, self.residue_slots or p.block_size)
 
@@ -54,6 +55,7 @@ class Geometry:
         return (
             f"heads{p.num_heads}of{p.num_kv_heads}x{self.head_size}-block{p.block_size}-local{p.local_blocks}"
             f"-stride{p.vert_stride}-kept{kept}{sinks}-page{self.layout.page_slots}"
+            + (f"-residue{self.residue_slots}" if self.residue_slots else "")
         )
 
 
@@ -102,8 +104,17 @@ MIXED_GEOMETRIES = [
         32,
     ),
     Geometry(_build(2, 2, block_size=32, local_blocks=3, vert_stride=3, sink_blocks=2), 16, 96, 64),
+    Geometry(_build(3, 3, block_size=16, local_blocks=2, vert_stride=4), 32, 16, 48),
+    Geometry(
+        _build(
+            4, 2, block_size=16, local_blocks=1, vert_stride=5, head_sliding_offset=1, pattern_heads="query"
+        ),
+        32,
+        64,
+        16,
+    ),
 ]
-"""Of heads of several kinds: full, streaming and strided ones, and sinks."""
+"""Of heads of several kinds: full, streaming and strided ones, and sinks. The last two share pages with such."""
 
 
 @dataclass

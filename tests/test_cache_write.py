@@ -33,8 +33,8 @@ SMALL = Geometry(S2Pattern.build(2, 2, block_size=16, local_blocks=2, vert_strid
 
 
 def empty_pools(batch: PagedBatch, kind: PoolKind) -> tuple[torch.Tensor, torch.Tensor]:
-    pages, _, slots, width = batch.window_cache.shape
-    layout = TierLayout.of_caches(batch.pattern, slots, batch.strided_cache.shape[2])
+    pages, *_, width = batch.window_cache.shape
+    layout = TierLayout.of_caches(batch.pattern, batch.window_cache, batch.strided_cache)
     return make_pools(kind, pages, layout, width // 2, batch.key.dtype)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from s2_kernels import hopper, paged
 from s2_kernels.attention import s2_attention
 from s2_kernels.launch import limits
 from s2_kernels.launch.choice import Impl, choose
+from s2_kernels.layout import TierLayout
+from s2_kernels.paged import PagedRequests, dispatch
 from s2_kernels.pattern import S2Pattern
 from tests.paged import Geometry, PagedBatch, build_batch
 
@@ -121,3 +124,34 @@ def test_what_the_hopper_kernel_takes_is_named(monkeypatch: pytest.MonkeyPatch) 
     ):
         assert (hopper.refusal(*arguments, **tensors) or "").startswith(reason)
     assert hopper.refusal(pattern, q) is None
+
+
+@pytest.mark.parametrize(
+    ("heads", "residue_slots", "reason"),
+    [
+        ({}, 64, None),
+        ({"sink_blocks": 1}, 64, "pattern: sink_blocks: 1, expected a strided set of every head and no more"),
+        ({"full_heads": [1]}, 64, "pattern: full_heads: (1,), expected a strided set"),
+        ({"vert_stride": None}, 64, "pattern: residues: none of some heads, expected a strided set"),
+        ({}, 128, "strided_cache: shape (5, 2, 128, 128), expected pages like those of wind"),
+    ],
+    ids=["plain", "sinks", "full", "streaming", "other-pages"],
+)
+def test_on_hopper_heads_of_several_kinds_take_the_portable_kernel(
+    heads: dict[str, Any], residue_slots: int, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Silently, unless the Hopper kernel is asked for."""
+    monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
+    layout = TierLayout(S2Pattern.build(2, 2, **heads), 64, residue_slots)
+    rows, slots = layout.strided_shape
+    requests = PagedRequests(
+        torch.zeros(5, 2, 64, 128, dtype=torch.float16),
+        torch.zeros(5, rows, slots, 128, dtype=torch.float16),
+        *torch.zeros(2, 1, 4, dtype=torch.int32),
+        torch.tensor([0, 3], dtype=torch.int32),
+        torch.tensor([3], dtype=torch.int32),
+    )
+    q = torch.zeros(3, 2, 64, dtype=torch.float16)
+    refusal = dispatch._hopper_refusal(q, requests, layout.pattern)
+    assert refusal == reason if reason is None else (refusal or "").startswith(reason)
+    assert limits.num_kept(layout) == (1 if reason is None else limits.VARYING)

@@ -7,10 +7,10 @@ Both tiers are pools of pages, addressed by a block table per tier, with K befor
     strided tier    a page spans some super-blocks; of each, every KV head keeps only the blocks of its kept
                     residues, and has a run of slots for them: slot (super-block, rank of residue, offset)
 
-Where all heads keep equally many residues (m), the strided tier's pages have the window tier's shape, and
-span page_slots / (m * block_size) super-blocks. Where they do not (full and streaming heads), a page is
-[virtual heads, residue_slots, 2 * head_size]: a virtual head is a (KV head, kept residue) pair, and the slots
-of a KV head's virtual heads are one run.
+Where all heads keep equally many residues (m), the strided tier's pages may have the window tier's shape, and
+span page_slots / (m * block_size) super-blocks. Where they do not (full and streaming heads, or layers of
+other kinds in the same pages), a page is [virtual heads, residue_slots, 2 * head_size]: a virtual head is a
+(KV head, kept residue) pair, and the slots of a KV head's virtual heads are one run.
 """
 
 from __future__ import annotations
@@ -83,9 +83,20 @@ class TierLayout:
         object.__setattr__(self, "residue_slots", self.page_slots // self.pattern.num_kept)
 
     @classmethod
-    def of_caches(cls, pattern: S2Pattern, window_slots: int, strided_slots: int) -> TierLayout:
-        """The layout of caches whose third dimensions are these."""
-        return cls(pattern, window_slots, 0 if pattern.kinds is None else strided_slots)
+    def of_caches(
+        cls, pattern: S2Pattern, window_cache: torch.Tensor, strided_cache: torch.Tensor
+    ) -> TierLayout:
+        """The layout of caches with pages of these shapes."""
+        _, rows, slots = strided_cache.shape[:3]
+        virtual_heads = pattern.num_virtual_heads
+        residue_slots = rows * slots // virtual_heads if virtual_heads else slots
+        return cls(pattern, window_cache.shape[2], residue_slots)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether the strided tier's pages have the window tier's shape."""
+        pattern = self.pattern
+        return pattern.kinds is None and self.residue_slots * pattern.num_kept == self.page_slots
 
     @property
     def window_page_tokens(self) -> int:
@@ -105,8 +116,8 @@ class TierLayout:
     @property
     def strided_shape(self) -> tuple[int, int]:
         """The second and third dimension of the strided tier's cache."""
-        if self.pattern.kinds is None:
-            return self.pattern.num_kv_heads, self.residue_slots * self.pattern.num_kept
+        if self.is_even:
+            return self.pattern.num_kv_heads, self.page_slots
         return self.pattern.num_virtual_heads, self.residue_slots
 
     def window_slot(self, position: int) -> tuple[int, int]:
@@ -134,7 +145,7 @@ class TierLayout:
             return None
         page, slot = place
         row, slot = divmod(slot, self.strided_shape[1])
-        first = kv_head if self.pattern.kinds is None else self.pattern.first_virtual_heads[kv_head]
+        first = kv_head if self.is_even else self.pattern.first_virtual_heads[kv_head]
         return page, first + row, slot
 
 

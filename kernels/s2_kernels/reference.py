@@ -176,7 +176,7 @@ def cache_write_reference(
             strided_page_tokens, as vLLM computes it. A token with -1 in either is padding and skipped.
         pattern: the pattern of these heads.
     """
-    layout = TierLayout.of_caches(pattern, window_cache.shape[2], strided_cache.shape[2])
+    layout = TierLayout.of_caches(pattern, window_cache, strided_cache)
     for t, (window, strided) in enumerate(zip(window_slots.tolist(), strided_slots.tolist(), strict=True)):
         if window < 0 or strided < 0:
             continue
@@ -209,7 +209,7 @@ def paged_attention_reference(
         [tokens, num_heads, head_size] in q's dtype; zeros for tokens that belong to no request.
     """
     window_cache, strided_cache, window_table, strided_table, query_start_loc, seq_lens = requests
-    layout = TierLayout.of_caches(pattern, window_cache.shape[2], strided_cache.shape[2])
+    layout = TierLayout.of_caches(pattern, window_cache, strided_cache)
     head_size = q.shape[-1]
     out = torch.zeros_like(q)
     starts, lens = query_start_loc.tolist(), seq_lens.tolist()

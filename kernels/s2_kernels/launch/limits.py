@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from s2_kernels.layout import MAX_HEAD_SIZE
+from s2_kernels.layout import MAX_HEAD_SIZE, TierLayout
 from s2_kernels.pattern import S2Pattern
 
 LOG2_E = math.log2(math.e)
@@ -32,9 +32,9 @@ def sink_blocks(pattern: S2Pattern) -> int:
     return min(pattern.sink_blocks, 2**31 // pattern.block_size)
 
 
-def num_kept(pattern: S2Pattern) -> int:
-    """Residues of each KV head, as kernels are compiled for them; VARYING for heads of several kinds."""
-    return pattern.num_kept if pattern.kinds is None else VARYING
+def num_kept(layout: TierLayout) -> int:
+    """Residues of each KV head, as kernels are compiled for them; VARYING where pages of the tiers differ."""
+    return layout.pattern.num_kept if layout.is_even else VARYING
 
 
 def refusal(

@@ -105,7 +105,7 @@ def prepare_write(
 ) -> WriteCall:
     """`s2_kernels.paged.write` of the first `num_tokens` tokens, one or more, after its checks."""
     head_size = key.shape[2]
-    layout = TierLayout.of_caches(pattern, window_cache.shape[2], strided_cache.shape[2])
+    layout = TierLayout.of_caches(pattern, window_cache, strided_cache)
     head_padded = triton.next_power_of_2(head_size)
     config = cache_write_config(head_padded, key.dtype)
     arguments = {
@@ -130,7 +130,7 @@ def prepare_write(
         "STRIDED_PAGE_TOKENS": layout.strided_page_tokens,
         "BLOCK_SIZE": pattern.block_size,
         "VERT_STRIDE": pattern.vert_stride,
-        "NUM_KEPT": limits.num_kept(pattern),
+        "NUM_KEPT": limits.num_kept(layout),
         "ROWS": config.pop("ROWS"),
     }
     grid = (triton.cdiv(num_tokens * pattern.num_kv_heads, arguments["ROWS"]),)

@@ -59,17 +59,24 @@ def _check_caches(
     _check_cache("window_cache", window_cache, pattern.num_kv_heads, head_size, dtype)
     if strided_cache.dim() != 4:
         raise ValueError(f"strided_cache: shape {tuple(strided_cache.shape)}, expected four dimensions")
-    layout = TierLayout.of_caches(pattern, window_cache.shape[2], strided_cache.shape[2])
+    rows, slots = strided_cache.shape[1:3]
+    blocks, rest = divmod(rows * slots, max(1, pattern.num_virtual_heads) * pattern.block_size)
+    if pattern.num_virtual_heads and (blocks == 0 or rest):
+        raise ValueError(
+            f"strided_cache: {slots} slots in each of {rows} rows of a page, expected some blocks of "
+            f"{pattern.block_size} for each of {pattern.num_virtual_heads} kept residues of KV heads"
+        )
+    layout = TierLayout.of_caches(pattern, window_cache, strided_cache)
     heads, slots = layout.strided_shape
     _check_cache("strided_cache", strided_cache, heads, head_size, dtype)
     if strided_cache.shape[2] != slots:
         raise ValueError(
-            f"strided_cache: {strided_cache.shape[2]} slots in a page, expected {slots} as in window_cache"
+            f"strided_cache: {strided_cache.shape[2]} slots in a page, expected {slots} with these heads"
         )
-    if pattern.kinds is not None and strided_cache.stride(1) != slots * strided_cache.stride(2):
+    if not layout.is_even and strided_cache.stride(1) != slots * strided_cache.stride(2):
         raise ValueError(
             f"strided_cache: strides {strided_cache.stride()}, expected the slots of a page one after the "
-            "other, where KV heads keep different numbers of residues"
+            "other, where they are not those of window_cache"
         )
 
 

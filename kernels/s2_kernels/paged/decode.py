@@ -368,7 +368,7 @@ def prepare_decode(
     head_size = q.shape[2]
     num_requests = len(requests.seq_lens)
     head_padded = padded_head_size(head_size)
-    layout = TierLayout.of_caches(pattern, requests.window_cache.shape[2], requests.strided_cache.shape[2])
+    layout = TierLayout.of_caches(pattern, requests.window_cache, requests.strided_cache)
     most_kept = max(map(len, pattern.kept_residues))
     config = decode_config(head_padded, pattern.block_size, max(1, most_kept), q.dtype)
     programs_per_processor = config.pop("programs_per_processor")
@@ -387,7 +387,7 @@ def prepare_decode(
         "BLOCK_SIZE": pattern.block_size,
         "LOCAL_BLOCKS": limits.local_blocks(pattern),
         "VERT_STRIDE": pattern.vert_stride,
-        "NUM_KEPT": limits.num_kept(pattern),
+        "NUM_KEPT": limits.num_kept(layout),
         "REQUESTS_PADDED": max(MIN_REQUESTS_PADDED, triton.next_power_of_2(num_requests)),
         "BLOCK_N": config.pop("BLOCK_N"),
         "USE_PDL": _has_pdl(q.device),

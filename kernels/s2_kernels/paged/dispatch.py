@@ -269,14 +269,17 @@ def _choose_attend(
         ),
     }
     if not is_decode:
-        refusals["hopper"] = partial(
-            hopper.refusal,
-            pattern,
-            q,
-            window_cache=requests.window_cache,
-            strided_cache=requests.strided_cache,
-        )
+        refusals["hopper"] = partial(_hopper_refusal, q, requests, pattern)
     return choose(impl, q.device, refusals)
+
+
+def _hopper_refusal(q: torch.Tensor, requests: PagedRequests, pattern: S2Pattern) -> str | None:
+    """Why the Hopper kernel does not take heads like these, or caches: the portable one takes all."""
+    window, strided = requests.window_cache, requests.strided_cache
+    reason = hopper.refusal(pattern, q, window_cache=window, strided_cache=strided)
+    if reason is None and strided.shape[1:] != window.shape[1:]:
+        reason = f"strided_cache: shape {tuple(strided.shape)}, expected pages like those of window_cache"
+    return reason
 
 
 def _takes_all() -> None:

@@ -425,7 +425,7 @@ def prepare_prefill(
     num_tokens, num_heads, head_size = q.shape
     num_requests = len(requests.seq_lens)
     head_padded = padded_head_size(head_size)
-    layout = TierLayout.of_caches(pattern, requests.window_cache.shape[2], requests.strided_cache.shape[2])
+    layout = TierLayout.of_caches(pattern, requests.window_cache, requests.strided_cache)
     config = prefill_config(head_padded, pattern.block_size, q.dtype)
     arguments = {
         "q": q,
@@ -446,7 +446,7 @@ def prepare_prefill(
         "BLOCK_SIZE": pattern.block_size,
         "LOCAL_BLOCKS": limits.local_blocks(pattern),
         "VERT_STRIDE": pattern.vert_stride,
-        "NUM_KEPT": limits.num_kept(pattern),
+        "NUM_KEPT": limits.num_kept(layout),
         "MIN_TILE": MIN_DOT_SIZE,
         "BLOCK_M": config.pop("BLOCK_M"),
         "BLOCK_N": config.pop("BLOCK_N"),

@@ -51,7 +51,7 @@ def write_cache(
         pattern: the pattern of these heads.
         tables: its tables.
     """
-    layout = TierLayout.of_caches(pattern, window_cache.shape[2], strided_cache.shape[2])
+    layout = TierLayout.of_caches(pattern, window_cache, strided_cache)
     states = torch.cat([key, value], dim=-1).to(window_cache.dtype)
 
     tokens = ((window_slots >= 0) & (strided_slots >= 0)).nonzero().flatten()
@@ -66,7 +66,7 @@ def write_cache(
     sub_block = block[kept] // pattern.vert_stride * tables.first_kept.diff()[head] + rank[head, kept]
     slot = sub_block * pattern.block_size + local_position[kept] % pattern.block_size
     page = slots[kept] // layout.strided_page_tokens
-    first_row = head if pattern.kinds is None else tables.first_kept[head]
+    first_row = head if layout.is_even else tables.first_kept[head]
     row_slots = layout.strided_shape[1]
     strided_cache[page, first_row + slot // row_slots, slot % row_slots] = states[tokens[kept], head]
 
@@ -90,7 +90,7 @@ def paged_attention(
         scale: factor on the logits.
         out: [tokens, num_heads, head_size], written for the tokens that belong to requests.
     """
-    layout = TierLayout.of_caches(pattern, requests.window_cache.shape[2], requests.strided_cache.shape[2])
+    layout = TierLayout.of_caches(pattern, requests.window_cache, requests.strided_cache)
     scratch = _Scratch.allocate(requests, torch.promote_types(q.dtype, torch.float32))
     for part in _parts(layout, q.device):
         _attend_part(q[:, part.heads], part.of(requests), part, scale, out[:, part.heads], scratch)
@@ -151,7 +151,7 @@ def _part(layout: TierLayout, device: torch.device, kind: str, first: int, end: 
         pattern.block_size, pattern.local_blocks, stride, residues, end - first, pattern.sink_blocks
     )
     row_ends = (*pattern.first_virtual_heads, pattern.num_virtual_heads)
-    rows = slice(first, end) if pattern.kinds is None else slice(row_ends[first], row_ends[end])
+    rows = slice(first, end) if layout.is_even else slice(row_ends[first], row_ends[end])
     return _Part(
         TierLayout(part, layout.page_slots, residue_slots),
         torch.tensor(part.kept_residues, device=device)[..., None],
