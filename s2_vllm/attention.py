@@ -1,10 +1,12 @@
 """The sparse attention layer: two KV cache entries behind vLLM's `Attention` interface.
 
 `S2Attention` itself is the entry of the window tier. Its sibling, `StridedTier`, has no forward: it
-exists to own the strided tier's pages, block table and slot mapping. With `layers_per_entry` > 1, the
-first layer of each run of that many owns the pages of all of them (a *leader*); the others share its KV
-cache through vLLM's own KV sharing, each using its own range of the heads. Where the plan has padding
-entries, the first sparse layer brings them, so that vLLM makes groups of the planned size.
+exists to own the strided tier's pages, block table and slot mapping. Several layers may share an entry's
+pages, each with rows of its own (`CachePlan.window_place` and `strided_place`). The first of them, the
+*leader*, brings the entry. Of the window tier the others share its KV cache through vLLM's own KV sharing; of
+the strided tier they look it up by the leader's name. A layer need not lead, or share, both tiers with the
+same layers. Where the plan has padding entries, the first sparse layer brings them, so that vLLM makes groups
+of the planned size.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 
 from s2_kernels.layout import make_head_tables
 from s2_vllm import refusals
-from s2_vllm.backend import S2AttentionBackend
+from s2_vllm.backend import CacheRows, S2AttentionBackend, StridedPlace
 from s2_vllm.plan import plan_of
 from s2_vllm.specs import STRIDED_SUFFIX, padding_entries, strided_spec, window_spec
 
@@ -99,25 +101,42 @@ class S2Attention(Attention):
         plan = plan_of(vllm_config)
         assert plan is not None
         self.plan: CachePlan = plan
-        index = plan.sparse_layers.index(extract_layer_index(prefix))
-        self.is_first = index == 0
-        place = plan.window_place(index)
-        leader = None if place.leader == index else _leader(plan.sparse_layers[place.leader], vllm_config)
+        self.index = plan.sparse_layers.index(extract_layer_index(prefix))
+        self.rank = get_tensor_model_parallel_rank()
+        window = plan.window_place(self.index)
         kwargs.update(
             attn_backend=S2AttentionBackend,
-            kv_sharing_target_layer_name=None if leader is None else leader.layer_name,
-            pattern=plan.pattern_of(index, get_tensor_model_parallel_rank()),
-            strided_name=(prefix if leader is None else leader.layer_name) + STRIDED_SUFFIX,
-            first_kv_head=place.first,
+            kv_sharing_target_layer_name=None
+            if window.leader == self.index
+            else _name_of(plan.sparse_layers[window.leader], vllm_config),
+            pattern=plan.pattern_of(self.index, self.rank),
+            window=CacheRows(window.first, plan.num_kv_heads),
+            strided=self._strided_place(prefix, vllm_config),
         )
         super().__init__(**kwargs)
         refusals.check_made_layer(self, plan, vllm_config)
-        if leader is None:
-            strided = strided_spec(plan, self.kv_cache_torch_dtype)
-            self.strided = StridedTier(self, prefix + STRIDED_SUFFIX, strided)
-            entries = [self.strided, *(self._padding() if self.is_first else ())]
-            context = vllm_config.compilation_config.static_forward_context
-            context.update({entry.layer_name: entry for entry in entries})
+        context = vllm_config.compilation_config.static_forward_context
+        context.update({entry.layer_name: entry for entry in self._entries()})
+
+    def _strided_place(self, name: str, vllm_config: VllmConfig) -> StridedPlace | None:
+        """Where this layer's strided tier is, by its own name or its leader's."""
+        place = self.plan.strided_place(self.index, self.rank)
+        if place is None:
+            return None
+        if place.leader != self.index:
+            name = _name_of(self.plan.sparse_layers[place.leader], vllm_config)
+        count, shape = self.plan.strided_rows(self.index, self.rank)
+        return StridedPlace(name + STRIDED_SUFFIX, CacheRows(place.first, count, shape))
+
+    def _entries(self) -> Iterator[BareEntry]:
+        """The entries that this layer brings beside itself."""
+        place = self.plan.strided_place(self.index, self.rank)
+        if place is not None and place.leader == self.index:
+            spec = strided_spec(self.plan, self.kv_cache_torch_dtype)
+            self.strided = StridedTier(self, self.layer_name + STRIDED_SUFFIX, spec)
+            yield self.strided
+        if self.index == 0:
+            yield from self._padding()
 
     def _padding(self) -> Iterator[BareEntry]:
         """The entries of both tiers that no layer uses."""
@@ -158,10 +177,25 @@ class S2Attention(Attention):
                 f"KV cache of layer {self.layer_name}: pages of {tuple(kv_cache.shape[1:])}, "
                 f"expected {expected}"
             )
-        self.kv_cache = self.impl.heads_of(kv_cache)
-        # All sparse layers run the same kernels.
-        if self.is_first and self.kv_cache.is_cuda:
-            self.impl.warm_up(self.kv_cache)
+        self.kv_cache = self.impl.window.of(kv_cache)
+        if self.kv_cache.is_cuda and self._is_first_of_its_kind():
+            self.impl.warm_up(self.kv_cache, self._strided_cache_like(kv_cache))
+
+    def _is_first_of_its_kind(self) -> bool:
+        """Whether no layer before this one runs the same kernels, as layers of one pattern do."""
+        earlier = (self.plan.pattern_of(index, self.rank) for index in range(self.index))
+        return self.impl.pattern not in earlier
+
+    def _strided_cache_like(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        """Pages of the window tier as if they were this layer's strided tier: all tiers' have as many bytes.
+
+        Args:
+            kv_cache: the pages of an entry, which may be bound before those of the strided tier.
+        """
+        if self.impl.strided is None:
+            return self.kv_cache.narrow(1, 0, 0)
+        pages = kv_cache.view(len(kv_cache), *self.plan.strided_shape, kv_cache.shape[-1])
+        return self.impl.strided.rows.of(pages)
 
 
 def _by_name(cls: type[Attention], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -176,9 +210,9 @@ def _by_name(cls: type[Attention], args: tuple[Any, ...], kwargs: dict[str, Any]
     return named
 
 
-def _leader(wanted: int, vllm_config: VllmConfig) -> S2Attention:
-    """The sparse layer of index `wanted`, which owns the pages of those after it."""
+def _name_of(wanted: int, vllm_config: VllmConfig) -> str:
+    """The name of the sparse layer of index `wanted`, which owns pages of layers after it."""
     for layer in vllm_config.compilation_config.static_forward_context.values():
         if isinstance(layer, S2Attention) and extract_layer_index(layer.layer_name) == wanted:
-            return layer
+            return layer.layer_name
     raise RuntimeError(f"layer {wanted}, which owns the pages of layers after it, does not exist yet")

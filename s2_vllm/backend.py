@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from vllm.config import VllmConfig
@@ -27,6 +27,36 @@ from s2_kernels.launch.choice import Impl
 from s2_kernels.layout import HeadTables, head_tables
 from s2_kernels.paged import LayerHeads, PagedRequests, PagedStep
 from s2_kernels.pattern import S2Pattern
+
+
+class CacheRows(NamedTuple):
+    """A layer's part of the pages of a KV cache entry, which may have other layers' beside it.
+
+    Attributes:
+        first, count: its rows.
+        shape: (rows, slots) as which the kernels see them, where that is another shape; None where it is not.
+    """
+
+    first: int
+    count: int
+    shape: tuple[int, int] | None = None
+
+    def of(self, entry_cache: torch.Tensor) -> torch.Tensor:
+        """The layer's own of an entry's pages, [pages, rows, slots, 2 * head_size]."""
+        own = entry_cache.narrow(1, self.first, self.count)
+        return own if self.shape is None else own.view(len(own), *self.shape, own.shape[-1])
+
+
+class StridedPlace(NamedTuple):
+    """Where a layer's strided tier is.
+
+    Attributes:
+        entry: the name of the entry that owns its pages.
+        rows: the layer's own of them.
+    """
+
+    entry: str
+    rows: CacheRows
 
 
 class S2AttentionBackend(AttentionBackend):
@@ -78,12 +108,13 @@ class S2Metadata(AttentionMetadata):
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
 
-    _steps: dict[int, tuple[S2Metadata, PagedStep]] = field(default_factory=dict, repr=False)
+    _steps: dict[int, tuple[S2Metadata | None, PagedStep]] = field(default_factory=dict, repr=False)
 
     def step_with(self, strided: S2Metadata) -> PagedStep:
         """This batch, of the window tier, together with what the strided tier says about it.
 
-        Made for the first of the layers that have their pages in these two groups.
+        Made for the first of the layers that have their pages in these two groups. `strided` may be this very
+        one, for layers without a strided tier: what stands there is not looked at.
         """
         made = self._steps.get(id(strided))
         if made is None:
@@ -99,7 +130,8 @@ class S2Metadata(AttentionMetadata):
                 num_decode_tokens=self.num_decode_tokens,
                 max_seq_len=self.max_seq_len,
             )
-            made = self._steps[id(strided)] = (strided, step)
+            # It is kept for its id to stay its own. Keeping itself, it would be garbage for a while.
+            made = self._steps[id(strided)] = (None if strided is self else strided, step)
         return made[1]
 
 
@@ -148,8 +180,8 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
 
     Args:
         pattern: the pattern of this rank's heads.
-        strided_name: the entry that holds this layer's strided tier.
-        first_kv_head: the first of this layer's heads among those of that entry.
+        window: this layer's rows of its window tier's entry.
+        strided: its strided tier, None for a layer of streaming heads alone.
         impl: the kernels to run; None for the fastest that take a call.
         others: as every vLLM attention implementation has them.
     """
@@ -168,8 +200,8 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
         kv_sharing_target_layer_name: str | None = None,
         *,
         pattern: S2Pattern,
-        strided_name: str,
-        first_kv_head: int = 0,
+        window: CacheRows,
+        strided: StridedPlace | None,
         impl: Impl | None = None,
     ) -> None:
         self.num_heads = num_heads
@@ -179,22 +211,18 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.pattern = pattern
         self.heads = _shared_heads(pattern, scale, impl)
-        self.strided_name = strided_name
-        self.first_kv_head = first_kv_head
+        self.window = window
+        self.strided = strided
         self.tables: HeadTables | None = None
 
-    def heads_of(self, entry_cache: torch.Tensor) -> torch.Tensor:
-        """This layer's range of the heads of an entry's pages."""
-        return entry_cache.narrow(1, self.first_kv_head, self.num_kv_heads)
-
-    def warm_up(self, kv_cache: torch.Tensor) -> None:
+    def warm_up(self, kv_cache: torch.Tensor, strided_cache: torch.Tensor) -> None:
         """Compile the prefill kernels, which the first requests would wait for otherwise.
 
         vLLM's own warm-up runs decodes only. One query attends to whatever is in page 0; there are kernels
         for short and for long sequences.
 
         Args:
-            kv_cache: this layer's heads of a tier's pages; both tiers have the same shape.
+            kv_cache, strided_cache: this layer's rows of pages of both tiers.
         """
 
         def integers(*values: int) -> torch.Tensor:
@@ -202,7 +230,7 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
 
         q = kv_cache.new_zeros(1, self.num_heads, self.head_size)
         table = integers(0)[None]
-        request = PagedRequests(kv_cache, kv_cache, table, table, integers(0, 1), integers(1))
+        request = PagedRequests(kv_cache, strided_cache, table, table, integers(0, 1), integers(1))
         out = torch.empty_like(q)
         for max_seq_len in (1, self.pattern.window_tokens + 1):
             paged.attend(
@@ -246,13 +274,17 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
         assert output_block_scale is None
         if attn_metadata is None:
             return output.zero_()
-        strided, _, strided_entry, _ = get_attention_context(self.strided_name)
+        if self.strided is None:
+            strided, strided_cache = attn_metadata, kv_cache.narrow(1, 0, 0)
+        else:
+            strided, _, strided_entry, _ = get_attention_context(self.strided.entry)
+            strided_cache = self.strided.rows.of(strided_entry)
         attn_metadata.step_with(strided).run_layer(
             query,
             key,
             value,
             kv_cache,
-            self.heads_of(strided_entry),
+            strided_cache,
             output,
             self.heads,
             self._own_tables(query.device),

@@ -149,6 +149,18 @@ class CachePlan:
         """Where a sparse layer's rows are in the strided tier on one rank, None if it has none on any."""
         return None if self.strided is None else self.strided.place(index, rank)
 
+    def strided_rows(self, index: int, rank: int) -> tuple[int, tuple[int, int] | None]:
+        """How many rows of the strided tier a sparse layer has on one rank, and as what it sees them.
+
+        Returns:
+            The rows, and the second and third dimension of the layer's cache where they are not those of the
+            rows, None where they are.
+        """
+        assert self.strided is not None, "a model without a strided tier"
+        count, (_, slots) = self.strided.sizes[index][rank], self.strided_shape
+        shape = self.layout_of(index, rank).strided_shape
+        return count, None if shape == (count, slots) else shape
+
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's K and V, one layer, one rank."""

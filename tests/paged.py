@@ -114,7 +114,7 @@ MIXED_GEOMETRIES = [
         16,
     ),
 ]
-"""Of heads of several kinds: full, streaming and strided ones, and sinks. The last two share pages with such."""
+"""Full, streaming and strided heads, and sinks; the last two have plain heads that share pages with such."""
 
 
 @dataclass

@@ -13,7 +13,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from s2_kernels.launch.choice import Impl
 from s2_kernels.pattern import S2Pattern
-from s2_vllm.backend import S2AttentionImpl, S2Metadata, S2MetadataBuilder
+from s2_vllm.backend import CacheRows, S2AttentionImpl, S2Metadata, S2MetadataBuilder, StridedPlace
 from tests.paged import DEVICE, TOLERANCES, Geometry, PagedBatch, build_batch
 
 STRIDED = "model.layers.3.self_attn.attn.strided"
@@ -23,6 +23,20 @@ PATTERNS = {
         4, 2, block_size=16, local_blocks=2, vert_stride=4, head_sliding_offset=1, pattern_heads="query"
     ),
 }
+MIXED = {
+    "full-and-strided": S2Pattern.build(
+        6, 3, block_size=16, local_blocks=2, vert_stride=4, full_heads=[1], sink_blocks=1
+    ),
+    "full-and-streaming": S2Pattern.build(
+        3, 3, block_size=16, local_blocks=2, vert_stride=None, full_heads=[0], sink_blocks=2
+    ),
+    "streaming": S2Pattern.build(2, 2, block_size=16, local_blocks=2, vert_stride=None, sink_blocks=1),
+    "full": S2Pattern.build(2, 2, block_size=16, local_blocks=2, vert_stride=None, full_heads=[0, 1]),
+}
+GEOMETRIES = {name: Geometry(pattern) for name, pattern in {**PATTERNS, **MIXED}.items()} | {
+    "kv-beside-mixed": Geometry(PATTERNS["kv"], page_slots=32, residue_slots=48),
+    "query-beside-mixed": Geometry(PATTERNS["query"], page_slots=32, residue_slots=48),
+}
 # (context, queries) of each request, decodes first, as vLLM orders them.
 BATCHES = {
     "mixed": [(70, 1), (200, 1), (0, 1), (0, 33), (150, 20)],
@@ -30,8 +44,8 @@ BATCHES = {
     "prefills": [(0, 40), (90, 3)],
     "padded-decodes": [(70, 1), (200, 1), (40, 0), (0, 0)],
 }
-# The other layers of the KV cache entry that the layer shares, and where its own heads are.
-OTHER_HEADS = 4
+# Of the other layers of the KV cache entry that the layer shares.
+OTHER_ROWS = 4
 
 
 def metadata(batch: PagedBatch, block_table: torch.Tensor, slot_mapping: torch.Tensor) -> S2Metadata:
@@ -53,31 +67,44 @@ def metadata(batch: PagedBatch, block_table: torch.Tensor, slot_mapping: torch.T
     return builder.build(0, common)
 
 
-def run_layer(batch: PagedBatch, impl: Impl | None, out: torch.Tensor) -> None:
-    """One forward of a layer whose caches have the context of every request, and the new tokens still not.
-
-    The layer's heads are the last ones of the entry's pages; the other layers' are NaN.
-    """
-    pattern, head_size = batch.pattern, batch.q.shape[2]
-    entry = batch.strided_cache.new_full(
-        (len(batch.strided_cache), OTHER_HEADS + pattern.num_kv_heads, *batch.strided_cache.shape[2:]),
-        torch.nan,
-    )
-    own = entry[:, OTHER_HEADS:]
-    own.copy_(batch.strided_cache)
-    attention = S2AttentionImpl(
+def make_impl(
+    pattern: S2Pattern, impl: Impl | None = None, strided: CacheRows | None = None, scale: float = 1.0
+) -> S2AttentionImpl:
+    """A layer's implementation for heads of 64 elements, with these rows of its strided tier."""
+    rows = CacheRows(0, pattern.num_kv_heads)
+    strided = rows if strided is None else strided
+    return S2AttentionImpl(
         pattern.num_heads,
-        head_size,
-        batch.scale,
+        64,
+        scale,
         pattern.num_kv_heads,
         None,
         None,
         "auto",
         pattern=pattern,
-        strided_name=STRIDED,
-        first_kv_head=OTHER_HEADS,
+        window=rows,
+        strided=StridedPlace(STRIDED, strided) if strided.count else None,
         impl=impl,
     )
+
+
+def run_layer(batch: PagedBatch, impl: Impl | None, out: torch.Tensor) -> None:
+    """One forward of a layer whose caches have the context of every request, and the new tokens still not.
+
+    The layer's rows are the last ones of the entry's pages; the other layers' are NaN. A row has the slots of
+    a block, where the layer's tiers differ.
+    """
+    pattern, head_size = batch.pattern, batch.q.shape[2]
+    shape, slots = batch.strided_cache.shape[1:3], batch.strided_cache.shape[2]
+    if batch.window_cache.shape[1:] != batch.strided_cache.shape[1:]:
+        slots = pattern.block_size
+    count = shape[0] * shape[1] // slots
+    entry = batch.strided_cache.new_full(
+        (len(batch.strided_cache), OTHER_ROWS + count, slots, 2 * head_size), torch.nan
+    )
+    rows = CacheRows(OTHER_ROWS, count, None if shape == (count, slots) else shape)
+    rows.of(entry).copy_(batch.strided_cache)
+    attention = make_impl(pattern, impl, rows, batch.scale)
     requests = batch.requests
     window = metadata(batch, requests.window_table, batch.window_slots)
     strided = metadata(batch, requests.strided_table, batch.strided_slots)
@@ -91,7 +118,7 @@ def run_layer(batch: PagedBatch, impl: Impl | None, out: torch.Tensor) -> None:
             SimpleNamespace(), batch.q, batch.key, batch.value, batch.window_cache, window, out
         )
     assert result is out
-    assert entry[:, :OTHER_HEADS].isnan().all(), "another layer's heads were written"
+    assert entry[:, :OTHER_ROWS].isnan().all(), "another layer's rows were written"
 
 
 def forget_new_tokens(batch: PagedBatch) -> None:
@@ -104,10 +131,10 @@ def forget_new_tokens(batch: PagedBatch) -> None:
 @pytest.mark.parametrize("padding_tokens", [0, 5], ids=["exact", "padded"])
 @pytest.mark.parametrize("impl", ["triton", "torch", "reference"])
 @pytest.mark.parametrize("requests", BATCHES)
-@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("name", GEOMETRIES)
 def test_step(name: str, requests: str, impl: Impl, padding_tokens: int) -> None:
     batch = build_batch(
-        Geometry(PATTERNS[name]), BATCHES[requests], pool="token-major", padding_tokens=padding_tokens
+        GEOMETRIES[name], BATCHES[requests], pool="token-major", padding_tokens=padding_tokens
     )
     forget_new_tokens(batch)
     out = batch.poisoned_output()
@@ -118,9 +145,7 @@ def test_step(name: str, requests: str, impl: Impl, padding_tokens: int) -> None
 def test_without_metadata_the_output_is_zero() -> None:
     """As when vLLM measures memory."""
     batch = build_batch(Geometry(PATTERNS["kv"]), [(0, 5)])
-    attention = S2AttentionImpl(
-        2, 64, 1.0, 2, None, None, "auto", pattern=batch.pattern, strided_name=STRIDED
-    )
+    attention = make_impl(batch.pattern)
     out = batch.poisoned_output()
     attention.forward(SimpleNamespace(), batch.q, batch.key, batch.value, batch.window_cache, None, out)
     assert (out == 0).all()
@@ -134,9 +159,7 @@ def test_decodes_and_the_rest_are_told_apart() -> None:
 
 def test_the_warm_up_runs_the_prefill_kernels() -> None:
     pattern = PATTERNS["query"]
-    attention = S2AttentionImpl(
-        4, 64, 1.0, 2, None, None, "auto", pattern=pattern, strided_name=STRIDED, impl="triton"
-    )
+    attention = make_impl(pattern, "triton")
     page = torch.zeros(2, 2, pattern.num_kept * 16, 128, device=DEVICE)
-    attention.warm_up(page)
+    attention.warm_up(page, page)
     assert TOLERANCES[page.dtype] > page.abs().max(), "the warm-up wrote to the cache"

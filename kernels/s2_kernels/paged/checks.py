@@ -73,7 +73,7 @@ def _check_caches(
         raise ValueError(
             f"strided_cache: {strided_cache.shape[2]} slots in a page, expected {slots} with these heads"
         )
-    if not layout.is_even and strided_cache.stride(1) != slots * strided_cache.stride(2):
+    if heads and not layout.is_even and strided_cache.stride(1) != slots * strided_cache.stride(2):
         raise ValueError(
             f"strided_cache: strides {strided_cache.stride()}, expected the slots of a page one after the "
             "other, where they are not those of window_cache"
