@@ -23,7 +23,8 @@ def sparse_mask(
     """Which keys each query attends to.
 
     Args:
-        s2: the `s2_attention` key of a config, with block_size, local_blocks and vert_stride in it.
+        s2: what a layer has of the `s2_attention` key of a config, with block_size, local_blocks and vert_stride
+            in it.
         num_heads, num_kv_heads: of the whole model.
         queries: int64 [queries], absolute positions.
         num_keys: keys at positions 0 ... num_keys - 1.
@@ -31,7 +32,23 @@ def sparse_mask(
     Returns:
         bool [num_heads, queries, keys].
     """
+    group = num_heads // num_kv_heads
+    full = set(s2.get("full_heads", ())) | set(range(num_kv_heads - s2.get("num_dense_heads", 0), num_kv_heads))
+    is_full = torch.tensor([head // group in full for head in range(num_heads)])
+    keys = torch.arange(num_keys)
+    i, j = queries[:, None] // s2["block_size"], keys[None, :] // s2["block_size"]
+    near = (i - j < s2["local_blocks"]) | (j < s2.get("sink_blocks", 0))
+    older = is_full[:, None, None] | _strided_blocks(s2, num_heads, num_kv_heads, j)[:, None]
+    return (near | older) & (keys[None, :] <= queries[:, None])
+
+
+def _strided_blocks(
+    s2: Mapping[str, Any], num_heads: int, num_kv_heads: int, blocks: torch.Tensor
+) -> torch.Tensor:
+    """Which of `blocks`, [1, keys], are in the strided set of each head: bool [num_heads, keys]."""
     stride = s2["vert_stride"]
+    if stride is None:
+        return torch.zeros(num_heads, blocks.shape[1], dtype=torch.bool)
     num_pattern_heads = num_heads if s2.get("pattern_heads", "kv") == "query" else num_kv_heads
     step = s2.get("head_sliding_step")
     if step is None:
@@ -39,13 +56,24 @@ def sparse_mask(
     if s2.get("homo_head", False):
         step = 0
     pattern_head = torch.arange(num_heads) // (num_heads // num_pattern_heads)
-
-    keys = torch.arange(num_keys)
-    i, j = queries[:, None] // s2["block_size"], keys[None, :] // s2["block_size"]
     shift = pattern_head * step + s2.get("head_sliding_offset", 0)
-    strided = (j + shift[:, None]) % stride == 0
-    local = i - j < s2["local_blocks"]
-    return (local[None] | strided[:, None]) & (keys[None, :] <= queries[:, None])
+    return (blocks + shift[:, None]) % stride == 0
+
+
+def keys_of_layer(s2: Mapping[str, Any], layer: int) -> dict[str, Any]:
+    """What a layer has of the `s2_attention` key, nothing if it is dense."""
+    if not s2 or layer in s2.get("dense_layers", ()):
+        return {}
+    keys = {name: value for name, value in s2.items() if name not in ("dense_layers", "layers")}
+    if isinstance(keys.get("full_heads"), dict):
+        keys["full_heads"] = keys["full_heads"].get(str(layer), [])
+    for label, own in s2.get("layers", {}).items():
+        ranges = [part.split("-") for part in label.split(",")]
+        if any(int(ends[0]) <= layer <= int(ends[-1]) for ends in ranges):
+            if {"full_heads", "num_dense_heads"} & own.keys():
+                keys |= {"full_heads": [], "num_dense_heads": 0}
+            keys |= own
+    return keys
 
 
 @dataclass(frozen=True)
@@ -83,22 +111,21 @@ class Oracle:
         config = self.model.config
         self._heads = config.num_attention_heads, config.num_key_value_heads
         self._s2 = getattr(config, "s2_attention", {}) if s2 is None else s2
-        self._masks: dict[bool, torch.Tensor] = {}
+        self._layers = [keys_of_layer(self._s2, index) for index in range(len(self.model.model.layers))]
+        self._masks: list[torch.Tensor] = []
         for index, layer in enumerate(self.model.model.layers):
-            sparse = bool(self._s2) and index not in self._s2.get("dense_layers", [])
-            layer.self_attn.register_forward_pre_hook(_MaskHook(self._masks, sparse), with_kwargs=True)
+            layer.self_attn.register_forward_pre_hook(_MaskHook(self._masks, index), with_kwargs=True)
 
     @torch.no_grad()
     def _forward(self, ids: Sequence[int], cache: DynamicCache) -> torch.Tensor:
         """Logits [len(ids), vocabulary] of the tokens that follow those in `cache`."""
         past = cache.get_seq_length()
         queries, num_keys = torch.arange(past, past + len(ids)), past + len(ids)
-        allowed = {False: torch.arange(num_keys)[None, None, :] <= queries[None, :, None]}
-        if self._s2:
-            allowed[True] = sparse_mask(self._s2, *self._heads, queries, num_keys)
-        for sparse, mask in allowed.items():
-            additive = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
-            self._masks[sparse] = additive[None]
+        made: dict[str, torch.Tensor] = {}
+        for keys in self._layers:
+            if repr(keys) not in made:
+                made[repr(keys)] = self._additive_mask(keys, queries, num_keys)
+        self._masks[:] = [made[repr(keys)] for keys in self._layers]
         output = self.model(
             input_ids=torch.tensor([list(ids)]),
             position_ids=queries[None],
@@ -106,6 +133,13 @@ class Oracle:
             use_cache=True,
         )
         return output.logits[0]
+
+    def _additive_mask(self, keys: Mapping[str, Any], queries: torch.Tensor, num_keys: int) -> torch.Tensor:
+        """That of a layer, by what it has of the `s2_attention` key: [1, heads or 1, queries, keys]."""
+        mask = torch.arange(num_keys)[None, None, :] <= queries[None, :, None]
+        if keys:
+            mask = sparse_mask(keys, *self._heads, queries, num_keys)
+        return torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))[None]
 
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         """Teacher-forced logits, float32 [len(ids), vocabulary]: row t predicts token t + 1."""
@@ -147,13 +181,13 @@ class Oracle:
 
 
 class _MaskHook:
-    """Gives an attention layer the sparse or the dense mask of the forward pass under way."""
+    """Gives an attention layer its mask of the forward pass under way."""
 
-    def __init__(self, masks: dict[bool, torch.Tensor], sparse: bool) -> None:
-        self.masks, self.sparse = masks, sparse
+    def __init__(self, masks: list[torch.Tensor], index: int) -> None:
+        self.masks, self.index = masks, index
 
     def __call__(
         self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> tuple[Any, dict[str, Any]]:
         assert "attention_mask" in kwargs, "this transformers passes the mask in another way"
-        return args, {**kwargs, "attention_mask": self.masks[self.sparse]}
+        return args, {**kwargs, "attention_mask": self.masks[self.index]}
