@@ -125,8 +125,8 @@ class S2Attention(Attention):
             return None
         if place.leader != self.index:
             name = _name_of(self.plan.sparse_layers[place.leader], vllm_config)
-        count, shape = self.plan.strided_rows(self.index, self.rank)
-        return StridedPlace(name + STRIDED_SUFFIX, CacheRows(place.first, count, shape))
+        size, shape = self.plan.strided_rows(self.index, self.rank)
+        return StridedPlace(name + STRIDED_SUFFIX, CacheRows(place.first, size, shape))
 
     def _entries(self) -> Iterator[BareEntry]:
         """The entries that this layer brings beside itself."""

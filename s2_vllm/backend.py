@@ -33,17 +33,17 @@ class CacheRows(NamedTuple):
     """A layer's part of the pages of a KV cache entry, which may have other layers' beside it.
 
     Attributes:
-        first, count: its rows.
+        first, size: the first of its rows, and how many they are.
         shape: (rows, slots) as which the kernels see them, where that is another shape; None where it is not.
     """
 
     first: int
-    count: int
+    size: int
     shape: tuple[int, int] | None = None
 
     def of(self, entry_cache: torch.Tensor) -> torch.Tensor:
         """The layer's own of an entry's pages, [pages, rows, slots, 2 * head_size]."""
-        own = entry_cache.narrow(1, self.first, self.count)
+        own = entry_cache.narrow(1, self.first, self.size)
         return own if self.shape is None else own.view(len(own), *self.shape, own.shape[-1])
 
 

@@ -157,9 +157,9 @@ class CachePlan:
             rows, None where they are.
         """
         assert self.strided is not None, "a model without a strided tier"
-        count, (_, slots) = self.strided.sizes[index][rank], self.strided_shape
+        size, (_, slots) = self.strided.sizes[index][rank], self.strided_shape
         shape = self.layout_of(index, rank).strided_shape
-        return count, None if shape == (count, slots) else shape
+        return size, None if shape == (size, slots) else shape
 
     @property
     def token_bytes(self) -> int:

@@ -83,7 +83,7 @@ def make_impl(
         "auto",
         pattern=pattern,
         window=rows,
-        strided=StridedPlace(STRIDED, strided) if strided.count else None,
+        strided=StridedPlace(STRIDED, strided) if strided.size else None,
         impl=impl,
     )
 

@@ -23,8 +23,8 @@ def sparse_mask(
     """Which keys each query attends to.
 
     Args:
-        s2: what a layer has of the `s2_attention` key of a config, with block_size, local_blocks and vert_stride
-            in it.
+        s2: what a layer has of the `s2_attention` key of a config, block_size, local_blocks and vert_stride
+            included.
         num_heads, num_kv_heads: of the whole model.
         queries: int64 [queries], absolute positions.
         num_keys: keys at positions 0 ... num_keys - 1.
@@ -33,7 +33,7 @@ def sparse_mask(
         bool [num_heads, queries, keys].
     """
     group = num_heads // num_kv_heads
-    full = set(s2.get("full_heads", ())) | set(range(num_kv_heads - s2.get("num_dense_heads", 0), num_kv_heads))
+    full = [*s2.get("full_heads", ()), *range(num_kv_heads - s2.get("num_dense_heads", 0), num_kv_heads)]
     is_full = torch.tensor([head // group in full for head in range(num_heads)])
     keys = torch.arange(num_keys)
     i, j = queries[:, None] // s2["block_size"], keys[None, :] // s2["block_size"]
