@@ -68,18 +68,23 @@ def make_plan(
     if model.head_size > MAX_HEAD_SIZE:
         raise S2ConfigError(f"head_size: {model.head_size}, expected at most {MAX_HEAD_SIZE}")
     patterns = config.layer_patterns(model.num_heads, model.num_kv_heads, model.num_layers)
-    try:
-        shards = [shard(pattern, 0, tensor_parallel_size) for pattern in patterns.values()]
-    except ValueError as error:
-        raise S2ConfigError(str(error)) from error
-    for of_rank in shards:
-        if of_rank.kinds is None and of_rank.num_kept >= of_rank.vert_stride:
+    for layer, pattern in patterns.items():
+        most = _most_strided(pattern, tensor_parallel_size)
+        if most >= pattern.vert_stride:
             raise config.error(
-                "vert_stride",
-                f"{of_rank.vert_stride}, expected more than the {of_rank.num_kept} residues that each KV "
-                "head keeps: a sparse layer would store as much as a dense one",
+                config.name_of("vert_stride", layer),
+                f"{pattern.vert_stride}, expected more than the {most} residues that each KV head keeps: a "
+                "sparse layer would store as much as a dense one",
             )
     return plan_for(patterns, model, tensor_parallel_size, block_size)
+
+
+def _most_strided(pattern: S2Pattern, ranks: int) -> int:
+    """Residues that some strided KV head of a layer keeps on some rank."""
+    try:
+        return max(shard(pattern, rank, ranks).most_strided for rank in range(ranks))
+    except ValueError as error:
+        raise S2ConfigError(str(error)) from error
 
 
 def plan_for(

@@ -12,6 +12,7 @@ from vllm.config import set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
 
+from benchmarks.engine_cache import cache_specs
 from s2_kernels.config import S2ConfigError
 from s2_vllm import attention, compat
 from s2_vllm.attention import BareEntry, S2Attention, StridedTier
@@ -33,13 +34,13 @@ GEOMETRY = (HEADS, HEAD_SIZE, 0.5, KV_HEADS)
 SPARSE, DENSE = "model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"
 
 
-def configure(folder: Path, **keys: Any) -> VllmConfig:
-    """An engine's configuration for a Llama of two layers."""
+def configure(folder: Path, num_hidden_layers: int = 2, **keys: Any) -> VllmConfig:
+    """An engine's configuration for a Llama."""
     config = LlamaConfig(
         hidden_size=HEADS * HEAD_SIZE,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
-        num_hidden_layers=2,
+        num_hidden_layers=num_hidden_layers,
         vocab_size=256,
         architectures=["LlamaForCausalLM"],
         dtype="float32",
@@ -113,6 +114,78 @@ def test_padding_entries(engine_config: VllmConfig) -> None:
         assert entry.get_attn_backend() is S2AttentionBackend
         assert entry.layer_name == name
     assert type(entries[f"{SPARSE}.padding1"]) is BareEntry
+
+
+MIXED = {
+    "block_size": 16,
+    "local_blocks": 2,
+    "vert_stride": 4,
+    "sink_blocks": 1,
+    "full_heads": {"1": [0], "3": [0, 1]},
+    "layers": {"2": {"vert_stride": None}, "3": {"vert_stride": None}, "4": {"sink_blocks": 0}},
+}
+"""Of six layers: strided heads in 0, 4 and 5, one full head in 1, streaming heads in 2, full heads in 3."""
+
+
+@pytest.fixture
+def mixed_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[S2Attention]:
+    """The layers of MIXED, in an engine of one rank."""
+    compat.install_layers()
+    monkeypatch.setattr(attention, "get_tensor_model_parallel_rank", lambda: 0)
+    config = configure(tmp_path, s2_attention=MIXED, num_hidden_layers=6)
+    with set_current_vllm_config(config):
+        layers = [Attention(*GEOMETRY, prefix=f"model.layers.{i}.self_attn.attn") for i in range(6)]
+    entries = config.compilation_config.static_forward_context
+    owners = {name: entry for name, entry in entries.items() if not is_shared(entry)}
+    specs = {name: entry.get_kv_cache_spec(config) for name, entry in owners.items()}
+    plan = plan_of(config)
+    assert plan is not None
+    assert list(specs.items()) == list(cache_specs(plan, torch.float32).items())
+    return layers
+
+
+def is_shared(entry: Any) -> bool:
+    return getattr(entry, "kv_sharing_target_layer_name", None) is not None
+
+
+def test_layers_of_several_kinds_have_their_rows(mixed_layers: list[S2Attention]) -> None:
+    """Every row of every entry is at most one layer's; a layer without strided heads has none."""
+    plan = mixed_layers[0].plan
+    assert plan.strided is not None
+    assert mixed_layers[2].impl.strided is None
+    rows: dict[str, list[int]] = {}
+    for layer in mixed_layers:
+        window, strided = layer.impl.window, layer.impl.strided
+        owner = layer.kv_sharing_target_layer_name or layer.layer_name
+        rows.setdefault(owner, []).extend(range(window.first, window.first + window.size))
+        if strided is not None:
+            of_entry = range(strided.rows.first, strided.rows.first + strided.rows.size)
+            rows.setdefault(strided.entry, []).extend(of_entry)
+    for name, taken in rows.items():
+        available, _ = plan.strided_shape if name.endswith(".strided") else plan.window_shape
+        assert len(set(taken)) == len(taken)
+        assert set(taken) <= set(range(available))
+    assert sum(map(len, rows.values())) == 6 * KV_HEADS + plan.strided.used_rows[0]
+
+
+def test_caches_of_several_kinds_are_warmed_up_once(
+    mixed_layers: list[S2Attention],
+) -> None:
+    """Each kind of layer with caches as its own will be; layer 5 is of the kind of layer 0."""
+    plan = mixed_layers[0].plan
+    pages = torch.zeros(3, *plan.window_shape, 2 * HEAD_SIZE)
+    shapes: dict[int, list[torch.Size]] = {}
+    for index, layer in enumerate(mixed_layers):
+        layer.kv_cache = layer.impl.window.of(pages)
+        if layer._is_first_of_its_kind():
+            caches = layer.kv_cache, layer._strided_cache_like(pages)
+            layer.impl.warm_up(*caches)
+            shapes[index] = [cache.shape[1:3] for cache in caches]
+    assert list(shapes) == [0, 1, 2, 3, 4]
+    for index, (window, strided) in shapes.items():
+        assert window == (KV_HEADS, plan.page_slots)
+        expected = (0, plan.page_slots) if index == 2 else plan.layout_of(index, 0).strided_shape
+        assert strided == expected
 
 
 @pytest.mark.usefixtures("engine_config")

@@ -402,6 +402,47 @@ def test_refuses_heads_that_would_keep_every_block(stride: int, heads: int, patt
     assert str(caught.value).startswith(f"s2_attention.vert_stride: {stride}, expected more than the ")
 
 
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"sink_blocks": 1}, "vert_stride"),
+        ({"full_heads": [0]}, "vert_stride"),
+        ({"vert_stride": 8, "layers": {"2": {"vert_stride": 4, "full_heads": [1]}}}, "layers.2.vert_stride"),
+    ],
+    ids=["sinks", "full-heads", "one-layer"],
+)
+def test_refuses_strided_heads_that_would_keep_every_block(change: dict[str, Any], key: str) -> None:
+    raw = {"local_blocks": 2, "vert_stride": 4, "pattern_heads": "query", "dense_layers": [0]}
+    config = S2Config.parse(raw | change, 4)
+    with pytest.raises(S2ConfigError) as caught:
+        make_plan(config, ModelGeometry(4, 8, 2, 64, 2))
+    assert str(caught.value).startswith(
+        f"s2_attention.{key}: 4, expected more than the 4 residues that each KV head keeps: "
+    )
+
+
+def test_a_plan_has_the_patterns_of_the_configuration() -> None:
+    """Layer for layer: a full head in layer 0, layer 1 dense, streaming heads in 2, two last heads in 3."""
+    raw = {
+        "local_blocks": 3,
+        "vert_stride": 8,
+        "sink_blocks": 1,
+        "full_heads": {"0": [2]},
+        "dense_layers": [1],
+        "layers": {"2": {"vert_stride": None}, "3": {"num_dense_heads": 2, "sink_blocks": 2}},
+    }
+    plan = make_plan(S2Config.parse(raw, 4), ModelGeometry(4, 8, 4, 64, 2), 2)
+    assert (plan.sparse_layers, plan.dense_layers) == ((0, 2, 3), (1,))
+    assert plan.patterns == (
+        S2Pattern(64, 3, 8, (0, 0, 7, 7, -1, -1, 5, 5), 4, 1, (2,)),
+        S2Pattern(64, 3, 1, (-1,) * 8, 4, 1),
+        S2Pattern(64, 3, 8, (0, 0, 7, 7, -1, -1, -1, -1), 4, 2, (2, 3)),
+    )
+    assert plan.pattern_of(2, 1) == S2Pattern(64, 3, 1, (-1,) * 4, 2, 2, (0, 1))
+    assert (plan.window_tokens, plan.sink_blocks, plan.sink_pages) == (192, 2, -(-128 // plan.page_slots))
+    assert plan.heads == {"full": 3, "streaming": 4, "strided": 5}
+
+
 def test_tiers_of_hhst_8b_written_out() -> None:
     """16 layers an entry: 30 sparse layers are 2 entries of 128 heads; a dense page has 1024 tokens."""
     plan = reference_plan("hhst-8b")

@@ -276,6 +276,10 @@ class S2Config:
             if dense.value and stated[other].value:
                 raise self.error(dense.name, f"{dense.value}, expected 0 with {other}")
 
+    def name_of(self, key: str, layer: int) -> str:
+        """By what name `error` knows the value that a sparse layer has of a key that may differ."""
+        return self._of_layer(layer)[key].name
+
     @property
     def layers_differ(self) -> bool:
         """Whether sparse layers may have different patterns."""

@@ -235,6 +235,11 @@ class S2Pattern:
         return len(self.kept_residues[0])
 
     @property
+    def most_strided(self) -> int:
+        """Residues of a KV head that has a strided set, 0 where none has one."""
+        return max(map(len, self._strided_residues))
+
+    @property
     def num_virtual_heads(self) -> int:
         """(KV head, kept residue) pairs: what a strided tier has slots for."""
         return sum(map(len, self.kept_residues))
