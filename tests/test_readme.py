@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
+from random import Random
 
+import numpy as np
 import pytest
 
 from benchmarks import cpu_decode, eager_layer, kv_capacity, phi3_small, scheduler, training_step
@@ -16,6 +18,10 @@ from benchmarks.quality import figures
 from benchmarks.results_file import load_results
 from s2_kernels.config import S2Config
 from s2_vllm.cli import main
+from s2_vllm.heads import pattern_of_heads
+from s2_vllm.plan import ModelGeometry
+from s2_vllm.planning import make_plan
+from tests.plans import random_full_heads
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -99,6 +105,27 @@ def test_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(GEOMETRIES["hhst-8b"].hf_config()))
     assert main(["plan", str(tmp_path)]) == 0
     assert capsys.readouterr().out in README
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "num_full", "text"),
+    [
+        (8, 128, "{:.2f} to {:.2f} GiB of KV memory, and {:.2f} GiB if all layers were dense"),
+        (32, 256, "{:.2f} to {:.2f} GiB of {:.2f}."),
+    ],
+    ids=["llama-3.1-8b", "llama-2-7b"],
+)
+def test_the_memory_of_streaming_heads(num_kv_heads: int, num_full: int, text: str) -> None:
+    model = ModelGeometry(32, 32, num_kv_heads, 128, 2)
+    sizes = []
+    for seed in range(8):
+        is_full = np.zeros((32, num_kv_heads), dtype=np.bool_)
+        for layer, heads in enumerate(random_full_heads(Random(seed), 32, num_kv_heads, num_full)):
+            is_full[layer, list(heads)] = True
+        plan = make_plan(S2Config.parse(pattern_of_heads(is_full, 64, 256), 32), model)
+        sizes.append(plan.bytes_per_request(131072) / 2**30)
+    dense = plan.dense_bytes_per_request(131072) / 2**30
+    assert text.format(min(sizes), max(sizes), dense) in " ".join(README.split())
 
 
 def test_a_block_size_for_finer_hits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,7 +107,8 @@ class S2Config:
                 raise S2ConfigError(f"{KEY}.{key}: unknown key, expected one of {_names()}")
         for key in ("local_blocks", "vert_stride"):
             if key not in raw:
-                raise cls.error(key, "missing, expected a positive integer")
+                or_null = ", or null" if key in cls.NULLABLE else ""
+                raise cls.error(key, f"missing, expected a positive integer{or_null}")
         values = dict(raw)
         cls._check_block_size(values.get("block_size", cls.block_size))
         dense = cls._check_dense_layers(values.get("dense_layers", ()), num_layers)

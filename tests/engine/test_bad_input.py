@@ -131,6 +131,28 @@ def test_no_sparse_layer(tmp_path: Path) -> None:
         start_llama(tmp_path, {**S2, "dense_layers": [0, 1]})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"full_heads": [2]}, r"full_heads: \(2,\), expected KV heads from 0 to 1"),
+        ({"full_heads": {"2": [0]}}, r"full_heads: '2', expected layers from 0 to 1"),
+        ({"full_heads": [1, 1]}, r"full_heads: \[1, 1\], expected each KV head once"),
+        (
+            {"full_heads": [0, 1]},
+            r"full_heads: all 2 KV heads of every sparse layer, expected one that is not",
+        ),
+        ({"sink_blocks": 3}, r"sink_blocks: 3, expected at most the 2 blocks of the local window"),
+        ({"num_dense_heads": 3}, r"num_dense_heads: 3, expected at most 2, the KV heads"),
+        ({"num_dense_heads": 1, "homo_head": True}, r"num_dense_heads: 1, expected 0 with homo_head"),
+        ({"layers": {"1": {"sinks": 1}}}, r"layers\.1\.sinks: unknown key, expected one of"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_heads_that_the_model_cannot_have(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"s2_attention\.{message}"):
+        start_llama(tmp_path, {**S2, **change})
+
+
 def test_more_residues_than_the_stride_has(tmp_path: Path) -> None:
     message = r"s2_attention\.vert_stride: 4, expected at least 8 with pattern_heads 'query'"
     with pytest.raises(ValueError, match=message):
