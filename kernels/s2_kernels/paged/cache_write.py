@@ -75,13 +75,13 @@ def cache_write_kernel(
     residue = local_block % VERT_STRIDE
     rank = tl.load(rank_of_residue + heads * VERT_STRIDE + residue, mask=is_token, other=-1)
     if NUM_KEPT == VARYING:
-        first_virtual = tl.load(first_kept + heads).to(tl.int64)
-        num_kept = tl.load(first_kept + heads + 1) - first_virtual
+        strided_row = tl.load(first_kept + heads).to(tl.int64)
+        num_kept = tl.load(first_kept + heads + 1) - strided_row
     else:
-        first_virtual = heads
+        strided_row = heads
         num_kept = NUM_KEPT
     slot = (local_block // VERT_STRIDE * num_kept + rank) * BLOCK_SIZE + local_position % BLOCK_SIZE
-    target = page * strided_stride_page + first_virtual * strided_stride_head + slot * strided_stride_slot
+    target = page * strided_stride_page + strided_row * strided_stride_head + slot * strided_stride_slot
     mask = (rank >= 0)[:, None] & is_dim
     tl.store(strided_cache + target[:, None] + dims, k, mask=mask)
     tl.store(strided_cache + target[:, None] + HEAD_SIZE + dims, v, mask=mask)

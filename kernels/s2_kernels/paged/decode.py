@@ -266,17 +266,14 @@ def paged_decode_fwd_kernel(
         kv_head = head_of_item(
             item - request_start, per_head, per_residue, first_kept, NUM_KV_HEADS, NUM_KEPT, HEADS_PADDED
         )
-        head_start, num_head_items = head_items(kv_head, per_head, per_residue, first_kept, NUM_KEPT)
+        head_start, num_head_items, first_residue, num_kept = head_items(
+            kv_head, per_head, per_residue, first_kept, NUM_KEPT
+        )
         first = item - request_start - head_start
         stop = tl.minimum(num_head_items, first + end - item)
+        strided_row = kv_head
         if NUM_KEPT == VARYING:
-            first_virtual = tl.load(first_kept + kv_head)
-            num_kept = tl.load(first_kept + kv_head + 1) - first_virtual
-            residues = kept_residues + first_virtual
-        else:
-            first_virtual = kv_head
-            num_kept = NUM_KEPT
-            residues = kept_residues + kv_head * NUM_KEPT
+            strided_row = first_residue
 
         heads = kv_head * GROUP_SIZE + rows
         q_rows = q + token * q_stride_token + heads.to(tl.int64) * q_stride_head
@@ -288,10 +285,10 @@ def paged_decode_fwd_kernel(
             stop,
             seq_len,
             window_cache + kv_head.to(tl.int64) * window_stride_head,
-            strided_cache + first_virtual.to(tl.int64) * strided_stride_head,
+            strided_cache + strided_row.to(tl.int64) * strided_stride_head,
             window_table + request.to(tl.int64) * window_table_stride,
             strided_table + request.to(tl.int64) * strided_table_stride,
-            residues,
+            kept_residues + first_residue,
             num_kept,
             # Pages without a slot of the head are never looked up, but divided by their slots.
             tl.maximum(num_kept, 1) * RESIDUE_SLOTS,

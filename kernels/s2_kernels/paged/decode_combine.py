@@ -74,7 +74,9 @@ def paged_decode_combine_kernel(
     num_items = tl.max(ends, 0)
     splits = num_splits(num_items, num_programs)
     per_head, per_residue = item_counts(seq_len, SINK_BLOCKS, BLOCK_SIZE, LOCAL_BLOCKS, VERT_STRIDE, BLOCK_N)
-    head_start, num_head_items = head_items(head // GROUP_SIZE, per_head, per_residue, first_kept, NUM_KEPT)
+    head_start, num_head_items, _, _ = head_items(
+        head // GROUP_SIZE, per_head, per_residue, first_kept, NUM_KEPT
+    )
     request_start = tl.max(tl.where(tl.arange(0, REQUESTS_PADDED) < request, ends, 0), 0)
     item = request_start + head_start
     first = split_of_item(item, num_items, splits)

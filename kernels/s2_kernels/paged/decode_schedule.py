@@ -66,7 +66,9 @@ def item_counts(
 
 @triton.jit
 def head_items(kv_head, per_head, per_residue, first_kept, NUM_KEPT: tl.constexpr):
-    """The first item of a KV head among those of its request, and how many it has.
+    """The first item of a KV head among those of its request, how many it has, and what it keeps.
+
+    The latter as two numbers: residues of the KV heads before it, and its own.
 
     Args:
         kv_head: the head.
@@ -80,7 +82,7 @@ def head_items(kv_head, per_head, per_residue, first_kept, NUM_KEPT: tl.constexp
     else:
         first = kv_head * NUM_KEPT
         num_kept = NUM_KEPT
-    return kv_head * per_head + first * per_residue, per_head + num_kept * per_residue
+    return kv_head * per_head + first * per_residue, per_head + num_kept * per_residue, first, num_kept
 
 
 @triton.jit

@@ -310,8 +310,8 @@ def paged_prefill_fwd_kernel(
     residue = tl.load(residues + head)
     rank = tl.load(ranks + head)
     if NUM_KEPT == VARYING:
-        first_virtual = tl.load(first_kept + kv_head).to(tl.int64)
-        num_kept = tl.load(first_kept + kv_head + 1) - first_virtual.to(tl.int32)
+        strided_row = tl.load(first_kept + kv_head).to(tl.int64)
+        num_kept = tl.load(first_kept + kv_head + 1) - strided_row.to(tl.int32)
         strided_page_slots = tl.maximum(num_kept, 1) * RESIDUE_SLOTS
         # A full head is one of stride 1; a streaming head has a residue that no block comes to.
         is_full = rank == ALL_RESIDUES
@@ -320,11 +320,11 @@ def paged_prefill_fwd_kernel(
         residue = tl.where(is_full, 0, tl.where(rank == NO_RESIDUE, 1 << 30, residue))
         rank = tl.maximum(rank, 0)
     else:
-        first_virtual = kv_head
+        strided_row = kv_head
         num_kept = NUM_KEPT
         strided_page_slots = PAGE_SLOTS
         stride = VERT_STRIDE
-    strided_cache += first_virtual * strided_stride_head
+    strided_cache += strided_row * strided_stride_head
     q += query_start.to(tl.int64) * q_stride_token + head.to(tl.int64) * q_stride_head
     out += query_start.to(tl.int64) * out_stride_token + head.to(tl.int64) * out_stride_head
     is_nan = attend_rows(

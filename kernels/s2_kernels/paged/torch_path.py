@@ -92,8 +92,10 @@ def paged_attention(
     """
     layout = TierLayout.of_caches(pattern, requests.window_cache, requests.strided_cache)
     scratch = _Scratch.allocate(requests, torch.promote_types(q.dtype, torch.float32))
+    starts, lens = requests.query_start_loc.tolist(), requests.seq_lens.tolist()
     for part in _parts(layout, q.device):
-        _attend_part(q[:, part.heads], part.of(requests), part, scale, out[:, part.heads], scratch)
+        these = part.of(requests)
+        _attend_part(q[:, part.heads], these, starts, lens, part, scale, out[:, part.heads], scratch)
 
 
 class _Part(NamedTuple):
@@ -165,15 +167,16 @@ def _part(layout: TierLayout, device: torch.device, kind: str, first: int, end: 
 def _attend_part(
     q: torch.Tensor,
     requests: PagedRequests,
+    starts: list[int],
+    lens: list[int],
     part: _Part,
     scale: float,
     out: torch.Tensor,
     scratch: _Scratch,
 ) -> None:
-    """`paged_attention` of the heads of a part."""
-    window_cache, strided_cache, window_table, strided_table, query_start_loc, seq_lens = requests
+    """`paged_attention` of the heads of a part; `starts` and `lens` are the requests' own, on the host."""
+    window_cache, strided_cache, window_table, strided_table, _, _ = requests
     pattern = part.layout.pattern
-    starts, lens = query_start_loc.tolist(), seq_lens.tolist()
     for n, seq_len in enumerate(lens):
         rows = _query_rows(pattern, seq_len)
         for row in range(starts[n], starts[n + 1], rows):
