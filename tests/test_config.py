@@ -335,6 +335,12 @@ def test_full_heads_by_layer(kind: type) -> None:
     assert {layer: pattern.full_heads for layer, pattern in found.items()} == {0: (1,), 1: (), 3: (0, 3)}
 
 
+def test_where_a_layer_has_a_value_from() -> None:
+    config = S2Config.parse(GOOD | {"layers": {"1-2": {"vert_stride": 4}}, "dense_layers": [0]}, LAYERS)
+    names = [config.name_of("vert_stride", layer) for layer in (1, 2, 3)]
+    assert names == ["layers.1-2.vert_stride", "layers.1-2.vert_stride", "vert_stride"]
+
+
 def test_num_dense_heads_are_the_last() -> None:
     assert {pattern.full_heads for pattern in patterns(GOOD | {"num_dense_heads": 3}).values()} == {(1, 2, 3)}
 

@@ -91,6 +91,38 @@ def test_head_tables_say_what_the_pattern_says(layout: TierLayout) -> None:
     assert all(table.dtype == torch.int32 for table in tables)
 
 
+@pytest.mark.parametrize(
+    ("pattern", "residue_slots", "shape", "is_even"),
+    [
+        (S2Pattern.build(4, 4, vert_stride=8), 64, (4, 64), True),
+        (S2Pattern.build(4, 4, vert_stride=8), 192, (4, 192), False),
+        (S2Pattern.build(4, 2, vert_stride=8, pattern_heads="query"), 64, (4, 64), False),
+        (S2Pattern.build(4, 4, vert_stride=8, sink_blocks=1), 64, (4, 64), False),
+        (S2Pattern.build(4, 4, vert_stride=8, full_heads=[1, 3]), 128, (18, 128), False),
+        (S2Pattern.build(4, 4, vert_stride=None, full_heads=[2]), 64, (1, 64), False),
+        (S2Pattern.build(4, 4, vert_stride=None), 128, (0, 128), False),
+    ],
+    ids=["plain", "other-pages", "query-heads", "sinks", "full", "streaming", "streaming-alone"],
+)
+def test_caches_tell_their_layout(
+    pattern: S2Pattern, residue_slots: int, shape: tuple[int, int], is_even: bool
+) -> None:
+    layout = TierLayout(pattern, 64, residue_slots)
+    assert layout.strided_shape == shape
+    assert layout.is_even == is_even
+    window, strided = torch.ones(3, pattern.num_kv_heads, 64, 2), torch.ones(3, *shape, 2)
+    assert TierLayout.of_caches(pattern, window, strided) == layout
+
+
+def test_query_heads_tell_their_even_layout() -> None:
+    """Of a KV head two residues share the page, or have rows of their own."""
+    pattern = S2Pattern.build(4, 2, vert_stride=8, pattern_heads="query")
+    layout = TierLayout(pattern, 128)
+    assert (layout.residue_slots, layout.strided_shape, layout.is_even) == (64, (2, 128), True)
+    for shape in ((2, 128), (4, 64)):
+        assert TierLayout.of_caches(pattern, torch.ones(3, 2, 128, 2), torch.ones(3, *shape, 2)) == layout
+
+
 @pytest.mark.parametrize("page_slots", [0, -64, 64, 200])
 def test_a_page_holds_whole_super_blocks(page_slots: int) -> None:
     pattern = S2Pattern.build(32, 8, head_sliding_offset=1, pattern_heads="query")

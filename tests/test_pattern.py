@@ -151,6 +151,21 @@ def test_union_completeness_is_what_the_oldest_blocks_say(arguments: dict[str, A
     assert pattern.is_union_complete == bool(old.any(dim=0).all())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "most"),
+    [
+        ({"vert_stride": 8}, 1),
+        ({"vert_stride": 8, "pattern_heads": "query", "sink_blocks": 1}, 2),
+        ({"vert_stride": 8, "full_heads": [0, 1]}, 0),
+        ({"vert_stride": 8, "pattern_heads": "query", "full_heads": [1]}, 2),
+        ({"vert_stride": None}, 0),
+    ],
+    ids=["kv", "query", "full", "one-full", "streaming"],
+)
+def test_residues_of_strided_heads(arguments: dict[str, Any], most: int) -> None:
+    assert S2Pattern.build(4, 2, **arguments).most_strided == most
+
+
 def test_phi3_small_residues() -> None:
     pattern = REFERENCE["phi3-small"]
     assert pattern.residues == tuple(-(h + 1) % 8 for h in range(32))

@@ -635,6 +635,8 @@ def test_places_and_shapes_written_out() -> None:
     assert [plan.window_place(index) for index in range(3)] == [(0, 0), (0, 2), (0, 4)]
     assert [plan.strided_place(1, rank) for rank in range(2)] == [(0, 8), (0, 6)]
     assert plan.strided_place(2, 0) is None
+    assert [plan.strided_rows(0, rank) for rank in range(2)] == [(8, (2, 512)), (6, (3, 256))]
+    assert plan.strided_rows(1, 0) == (2, None)
     assert [plan.layout_of(index, 1).residue_slots for index in range(3)] == [256, 128, 512]
     assert plan.layout_of(0, 1).strided_shape == (3, 256)
     assert (plan.window_tokens, plan.sink_pages, plan.num_incomplete_layers) == (192, 1, 1)

@@ -39,12 +39,30 @@ PATTERNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"head_dim": 64, "num_attention_heads": 8},
     ),
+    # All heads of layer 2 are streaming heads, and all of layer 3 full ones.
+    "mixed": (
+        {
+            "block_size": 64,
+            "local_blocks": 2,
+            "vert_stride": None,
+            "sink_blocks": 1,
+            "full_heads": {"0": [1], "3": [0, 1, 2, 3], "4": [0, 2, 3]},
+            "dense_layers": [1],
+        },
+        {"head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 5},
+    ),
 }
 
 # The largest difference of two logits seen between transformers' own run in the dtype and in float32;
 # and the standard deviation of weights for which most margins are larger than that.
 ERROR_BOUNDS = {"float32": 1e-3, "bfloat16": 0.1}
 WEIGHT_STDS = {"float32": 0.13, "bfloat16": 0.05}
+
+HEADS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "mixed": {"sink_blocks": 1, "full_heads": [1], "layers": {"1": {"vert_stride": None, "full_heads": []}}},
+}
+"""Keys of `s2_attention` by which a model has heads of one kind, or of several."""
 
 PROMPTS = random_prompts([3, 100, 129, 400, 701, 800])
 
@@ -162,15 +180,16 @@ def test_reused_pages_and_preemption(tmp_path: Path) -> None:
         assert oracle.agreement(prompt, out, ERROR_BOUNDS["float32"]).mismatches == []
 
 
+@pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("dtype", ERROR_BOUNDS)
 def test_nothing_is_compiled_while_serving(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, heads: str
 ) -> None:
     """Prompts within the window and past it, alone and after decodes, find their kernels made at start."""
     from triton import knobs
 
     # A pattern of no other test: what this process has compiled already would not be compiled again.
-    s2 = {"block_size": 64, "local_blocks": 3, "vert_stride": 4, "dense_layers": []}
+    s2 = {"block_size": 64, "local_blocks": 3, "vert_stride": 4, "dense_layers": [], **HEADS[heads]}
     path = save_checkpoint(tmp_path, "llama", s2, dtype=getattr(torch, dtype), head_dim=64)
     compiled = []
     with engine(path, dtype=dtype, enforce_eager=False, max_num_batched_tokens=331) as llm:
