@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -129,6 +130,49 @@ def test_the_calls_are_prepared_once_for_layers_of_a_kind() -> None:
     assert step._prepared == prepared
     run(step, contiguous(first), heads)
     assert len(step._prepared) == 2
+
+
+@pytest.mark.parametrize(("impl", "prepared"), [("triton", 1), ("torch", 2), ("reference", 2)])
+def test_layers_with_as_many_full_heads(impl: Impl, prepared: int) -> None:
+    """Where only tables tell them apart, they share their calls."""
+    layers = [
+        build_batch(
+            Geometry(
+                S2Pattern.build(
+                    6, 3, block_size=16, local_blocks=2, vert_stride=4, full_heads=[head], sink_blocks=1
+                )
+            ),
+            REQUESTS,
+        )
+        for head in (0, 2)
+    ]
+    step = step_of(layers[0])
+    for layer in layers:
+        layer.check(run(step, layer, LayerHeads(layer.pattern, layer.scale, impl)))
+    assert len(step._prepared) == prepared
+
+
+LAUNCHED_BY: list[tuple[dict[str, Any], float]] = [
+    ({}, 0.5),
+    ({}, 0.25),
+    ({"block_size": 32}, 0.5),
+    ({"local_blocks": 3}, 0.5),
+    ({"vert_stride": 5}, 0.5),
+    ({"sink_blocks": 2}, 0.5),
+    ({"num_heads": 12}, 0.5),
+    ({"full_heads": [0, 1]}, 0.5),
+]
+
+
+def test_what_layers_must_have_in_common_to_share_their_calls() -> None:
+    kinds = []
+    for change, scale in LAUNCHED_BY:
+        arguments = {"num_heads": 6, "num_kv_heads": 3, "block_size": 16, "vert_stride": 4, "local_blocks": 2}
+        heads = {"full_heads": [0], "sink_blocks": 1}
+        kinds.append(LayerHeads(S2Pattern.build(**{**arguments, **heads, **change}), scale, None).launch_kind)
+    assert len(set(kinds)) == len(LAUNCHED_BY)
+    assert None not in kinds
+    assert LayerHeads(PATTERN, 0.5, None).launch_kind is None
 
 
 @triton.jit

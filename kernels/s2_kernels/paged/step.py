@@ -6,6 +6,8 @@ Outside CUDA graphs the host pays for every layer, and short prompts would wait 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -18,8 +20,11 @@ from s2_kernels.paged.requests import PagedRequests
 from s2_kernels.pattern import S2Pattern
 
 
-class LayerHeads(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class LayerHeads:
     """What a layer of its own brings to each of its steps, and what layers of one kind share.
+
+    One is equal to itself only: finding a step's calls by it takes no time.
 
     Attributes:
         pattern: the pattern of its heads.
@@ -31,9 +36,30 @@ class LayerHeads(NamedTuple):
     scale: float
     impl: Impl | None
 
+    @cached_property
+    def launch_kind(self) -> tuple[object, ...] | None:
+        """What the portable kernels are launched by, on a GPU or where they are asked for.
+
+        All else about heads of several kinds is in their tables. So layers with as many full heads, though
+        others, share a step's calls. None for heads that other kernels may take.
+        """
+        pattern = self.pattern
+        if pattern.kinds is None or self.impl not in (None, "triton"):
+            return None
+        return (
+            self.scale,
+            pattern.block_size,
+            pattern.local_blocks,
+            pattern.vert_stride,
+            pattern.sink_blocks,
+            pattern.num_heads,
+            pattern.num_kv_heads,
+            pattern.num_virtual_heads,
+            max(map(len, pattern.kept_residues)),
+        )
+
 
 class _Prepared(NamedTuple):
-    heads: LayerHeads
     write: WriteCall
     decodes: AttendCall | None
     others: AttendCall | None
@@ -93,16 +119,18 @@ class PagedStep:
             q: [tokens, num_heads, head_size]; this, `key`, `value` and `out` may have more tokens than the
                 step.
             key, value: [tokens, num_kv_heads, head_size].
-            window_cache, strided_cache: [pages, num_kv_heads, page_slots, 2 * head_size].
+            window_cache, strided_cache: [pages, num_kv_heads, page_slots, 2 * head_size], or the latter as
+                `TierLayout.strided_shape`.
             out: as q; rows of padding are left as they are.
-            heads: of the layer. One object for all layers of a kind: it is what they are told by.
+            heads: of the layer. One object for all layers with the same: it is what they are told by.
             tables: of the layer's pattern.
 
         Raises:
             ValueError: as `s2_kernels.paged.write` and `attend`.
         """
         tensors = (q, key, value, window_cache, strided_cache, out)
-        kind = (id(heads), *map(_likeness, tensors))
+        by_launch = heads.launch_kind if q.is_cuda or heads.impl == "triton" else None
+        kind = (heads if by_launch is None else by_launch, *map(_likeness, tensors))
         prepared = self._prepared.get(kind)
         if prepared is None:
             prepared = self._prepare(*tensors, heads, tables)
@@ -161,7 +189,7 @@ class PagedStep:
                 tables=tables,
                 impl=heads.impl,
             )
-        return _Prepared(heads, write, decodes, others)
+        return _Prepared(write, decodes, others)
 
 
 def _likeness(tensor: torch.Tensor) -> tuple[object, ...]:
