@@ -284,7 +284,8 @@ def test_train_evaluate_and_plot(
     assert command.main(["speed", "--tiny", "--repeat", "2", "--output", str(output)]) == 0
     rates = {r["arm"]: r for r in json.loads(output.read_text())["records"] if r["task"] == "speed"}
     assert set(rates) == {"dense", "s2"}
-    assert all(r["length"] == 192 and r["tokens_per_second"] > 0 for r in rates.values())
+    assert all(r["length"] == 192 and r["tokens_per_step"] == 384 for r in rates.values())
+    assert all(r["tokens_per_second"] > 0 for r in rates.values())
     capsys.readouterr()
     assert plot.main([str(output), "--output", str(tmp_path)]) == 0
     rate = f"{rates['s2']['tokens_per_second'] / 1e3:,.0f} thousand tokens/s"

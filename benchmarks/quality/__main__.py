@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.engine.options import fraction
 from benchmarks.quality import texts, vocabulary
-from benchmarks.quality.arms import ARMS, SERVED_LENGTH
+from benchmarks.quality.arms import ARMS, MAX_LENGTH, SERVED_LENGTH
 from benchmarks.quality.evaluate import TINY, Suite, evaluate
 from benchmarks.quality.model import load_facts
 from benchmarks.quality.train import Settings, Training
@@ -38,6 +38,8 @@ KEY = ("arm", "task", "length", "depth", "residue")
 MODELS = Path("quality-models")
 OUTPUT = Path("benchmarks/results/quality.json")
 KV_CACHE_BYTES = 8 << 30
+SPEED_SEQUENCES = 4
+"""Of a step that is timed: with fewer, the host of such small models takes longer than a fast GPU."""
 TINY_SETTINGS = {"steps": 4, "tokens_per_step": 384}
 
 
@@ -103,6 +105,8 @@ def _report(training: Training) -> None:
 def _speed(options: argparse.Namespace) -> None:
     """Two turns of every arm, the second ones in reverse order, and the faster of both."""
     device = torch.device("cpu" if options.tiny else "cuda")
+    if not (options.tiny or options.tokens_per_step):
+        options.tokens_per_step = SPEED_SEQUENCES * MAX_LENGTH
     trainings = {arm: Training(_settings(options, arm), None, device) for arm in options.arms}
     rates = dict.fromkeys(trainings, 0.0)
     for arm in [*trainings, *reversed(trainings)]:
@@ -111,7 +115,8 @@ def _speed(options: argparse.Namespace) -> None:
     for arm, rate in rates.items():
         length = max(length for length, _ in trainings[arm].batches.curriculum)
         print(f"{arm}: {rate / 1e3:,.1f} thousand tokens/s in sequences of {length:,}")
-        file.add({"arm": arm, "task": "speed", "length": length, "tokens_per_second": round(rate, 1)})
+        step = {"length": length, "tokens_per_step": trainings[arm].settings.tokens_per_step}
+        file.add({"arm": arm, "task": "speed", **step, "tokens_per_second": round(rate, 1)})
     print(f"saved {options.output}")
 
 
@@ -197,7 +202,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     speed.add_argument(
         "--repeat", type=positive_int, default=30, metavar="STEPS", help="default: %(default)s"
     )
-    speed.add_argument("--tokens-per-step", type=positive_int, metavar="TOKENS")
+    speed.add_argument(
+        "--tokens-per-step", type=positive_int, metavar="TOKENS", help=f"default: {SPEED_SEQUENCES} sequences"
+    )
     for command in (evaluate, speed):
         command.add_argument("--output", type=Path, default=OUTPUT)
     for command in (train, evaluate, speed):
