@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
+from random import Random
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from s2_kernels.config import S2Config
+from s2_vllm.heads import pattern_of_heads
 from s2_vllm.plan import ModelGeometry
 
 if TYPE_CHECKING:
@@ -79,8 +83,38 @@ GEOMETRIES = {
     "s2-70b": Geometry(80, 64, 64, config=S2Config(8, 32)),
 }
 
-SERVED = {name: geometry for name, geometry in GEOMETRIES.items() if name != "s2-70b"}
-"""Those that an engine serves; the others are for the kernels alone."""
+SINK_TOKENS, RECENT_TOKENS = 64, 256
+"""Of streaming heads, as DuoAttention (arXiv 2410.10819) deploys them."""
+
+
+def random_full_heads(rng: Random, num_layers: int, num_kv_heads: int, count: int) -> list[tuple[int, ...]]:
+    """`count` full heads of a model by layer, spread unevenly: a few layers have most of them."""
+    weights = [rng.gammavariate(0.5, 1.0) + 1e-3 for _ in range(num_layers)]
+    heads = [(layer, head) for layer in range(num_layers) for head in range(num_kv_heads)]
+    drawn = sorted(heads, key=lambda layer_head: rng.random() ** (1 / weights[layer_head[0]]))[-count:]
+    return [tuple(sorted(head for of, head in drawn if of == layer)) for layer in range(num_layers)]
+
+
+def _pretrained(num_layers: int, num_kv_heads: int, count: int) -> Geometry:
+    """A Llama of 32 query heads, of whose KV heads so many are full and the others streaming heads."""
+    is_full = np.zeros((num_layers, num_kv_heads), dtype=bool)
+    for layer, heads in enumerate(random_full_heads(Random(0), num_layers, num_kv_heads, count)):
+        is_full[layer, list(heads)] = True
+    pattern = pattern_of_heads(is_full, SINK_TOKENS, RECENT_TOKENS)
+    return Geometry(num_layers, 32, num_kv_heads, config=S2Config.parse(pattern, num_layers))
+
+
+PRETRAINED = {
+    "llama-3.1-8b-half": _pretrained(32, 8, 128),
+    "llama-2-7b-quarter": _pretrained(32, 32, 256),
+}
+"""Dense models with so many of their KV heads full, and streaming heads beside them."""
+
+TRAINED = {name: geometry for name, geometry in GEOMETRIES.items() if name != "s2-70b"}
+"""Models with one pattern for all sparse layers; s2-70b is for the kernels alone."""
+
+SERVED = TRAINED | PRETRAINED
+"""What an engine serves."""
 
 _WINDOW = 1024
 

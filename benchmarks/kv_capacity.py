@@ -17,7 +17,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from benchmarks.geometries import GEOMETRIES, SERVED, Geometry
+from benchmarks.geometries import SERVED, Geometry
 from benchmarks.results_file import write_results
 
 MAX_MODEL_LEN = 131072
@@ -33,14 +33,14 @@ VARIANTS: dict[str, tuple[bool, int]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="KV cache capacity of the reference geometries")
-    parser.add_argument("--geometries", nargs="+", choices=list(GEOMETRIES), default=list(SERVED))
+    parser.add_argument("--geometries", nargs="+", choices=list(SERVED), default=list(SERVED))
     parser.add_argument("--kv-cache-gib", type=_positive, default=40)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/kv-capacity.json"))
     arguments = parser.parse_args()
     records = []
     for name in arguments.geometries:
         for variant in VARIANTS:
-            record = measure(GEOMETRIES[name], variant, int(arguments.kv_cache_gib * GIB))
+            record = measure(SERVED[name], variant, int(arguments.kv_cache_gib * GIB))
             records.append({"geometry": name, "variant": variant, **record})
             print(json.dumps(records[-1]), flush=True)
     write_results(arguments.output, records)

@@ -33,12 +33,12 @@ from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
 from benchmarks.engine_cache import cache_config, engine_config
-from benchmarks.geometries import GEOMETRIES, SERVED, Geometry
+from benchmarks.geometries import GEOMETRIES, TRAINED, Geometry
 from benchmarks.results_file import write_results
 from s2_vllm.cli import positive_int
 
 MIX = "s2-7b, 12 layers"
-ROWS: dict[str, Geometry] = {**SERVED, MIX: replace(GEOMETRIES["s2-7b"], num_layers=12)}
+ROWS: dict[str, Geometry] = {**TRAINED, MIX: replace(GEOMETRIES["s2-7b"], num_layers=12)}
 """The reference geometries, and one with few layers of which two are dense."""
 
 REQUESTS = 256

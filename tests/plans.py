@@ -11,14 +11,13 @@ import torch
 from vllm.config import VllmConfig
 
 from benchmarks import engine_cache
-from benchmarks.geometries import GEOMETRIES
+from benchmarks.geometries import GEOMETRIES, PRETRAINED
 from s2_vllm.plan import CachePlan
 from s2_vllm.planning import make_plan
 from s2_vllm.specs import STRIDED_SUFFIX
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from random import Random
 
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
 
@@ -27,16 +26,8 @@ DTYPE = torch.bfloat16
 
 def reference_plan(name: str, **options: Any) -> CachePlan:
     """The plan of the reference geometry called `name`."""
-    geometry = GEOMETRIES[name]
+    geometry = (GEOMETRIES | PRETRAINED)[name]
     return make_plan(geometry.config, geometry.model(DTYPE.itemsize), **options)
-
-
-def random_full_heads(rng: Random, num_layers: int, num_kv_heads: int, count: int) -> list[tuple[int, ...]]:
-    """`count` full heads of a model by layer, spread unevenly: a few layers have most of them."""
-    weights = [rng.gammavariate(0.5, 1.0) + 1e-3 for _ in range(num_layers)]
-    heads = [(layer, head) for layer in range(num_layers) for head in range(num_kv_heads)]
-    drawn = sorted(heads, key=lambda layer_head: rng.random() ** (1 / weights[layer_head[0]]))[-count:]
-    return [tuple(sorted(head for of, head in drawn if of == layer)) for layer in range(num_layers)]
 
 
 def engine_config(max_model_len: int = 131072, max_num_batched_tokens: int = 2048) -> VllmConfig:

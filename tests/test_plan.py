@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vllm.v1.core.kv_cache_utils import get_max_concurrency_for_kv_cache_config, resolve_kv_cache_block_sizes
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig
 
-from benchmarks.geometries import SERVED
+from benchmarks.geometries import TRAINED, random_full_heads
 from s2_kernels.config import S2Config, S2ConfigError
 from s2_kernels.pattern import S2Pattern
 from s2_vllm.packing import Packing, share_tightly
@@ -28,7 +28,6 @@ from tests.plans import (
     cache_groups,
     cache_specs,
     engine_config,
-    random_full_heads,
     reference_plan,
     tier_of,
 )
@@ -213,7 +212,7 @@ def test_a_sparse_layer_stores_this_much(name: str, percent: int) -> None:
     assert round(100 * fraction_stored(reference_plan(name))) == percent
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", TRAINED)
 def test_sharing_entries_costs_little_memory_and_few_hits(name: str) -> None:
     plan = reference_plan(name)
     layers = plan.sparse_layers, plan.dense_layers

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import cpu_decode, eager_layer, kv_capacity, phi3_small, scheduler, training_step
 from benchmarks.engine.table import tables
-from benchmarks.geometries import GEOMETRIES
+from benchmarks.geometries import GEOMETRIES, random_full_heads
 from benchmarks.kernels.report import gradient_summary, summary
 from benchmarks.quality import figures
 from benchmarks.results_file import load_results
@@ -21,7 +21,6 @@ from s2_vllm.cli import main
 from s2_vllm.heads import pattern_of_heads
 from s2_vllm.plan import ModelGeometry
 from s2_vllm.planning import make_plan
-from tests.plans import random_full_heads
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -12,7 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, SlidingWindowSpec
 
-from benchmarks.geometries import SERVED
+from benchmarks.geometries import PRETRAINED, SERVED
 from s2_kernels.config import S2Config, S2ConfigError
 from s2_kernels.pattern import S2Pattern
 from s2_vllm import compat, managers, startup
@@ -169,7 +169,8 @@ def check(plan: CachePlan, specs: dict[str, KVCacheSpec], memory: int = 1 << 30)
 def test_what_vllm_makes_of_the_plan(name: str, report: list[str]) -> None:
     check(reference_plan(name), cache_specs(reference_plan(name)))
     (line,) = report
-    assert "in no head's set" not in line
+    # Layers of a pretrained model may have streaming heads alone.
+    assert ("in no head's set" in line) == (name in PRETRAINED)
 
 
 def test_what_vllm_makes_of_padding_entries(report: list[str]) -> None:

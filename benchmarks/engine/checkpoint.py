@@ -10,12 +10,19 @@ from typing import Any
 
 from benchmarks import phi3_small
 from benchmarks.geometries import SERVED, Geometry
+from s2_kernels.config import S2Config
 
 VARIANTS = ("s2", "dense")
 """The pattern, and the same model with every layer dense."""
 
 # (intermediate size, vocabulary) of the Llama models whose attention shapes these are.
-LLAMA_SIZES = {"hhst-8b": (14336, 128256), "s2-1.3b": (5504, 32000), "s2-7b": (11008, 32000)}
+LLAMA_SIZES = {
+    "hhst-8b": (14336, 128256),
+    "s2-1.3b": (5504, 32000),
+    "s2-7b": (11008, 32000),
+    "llama-3.1-8b-half": (14336, 128256),
+    "llama-2-7b-quarter": (11008, 32000),
+}
 PHI3_SMALL = "phi3-small"
 TINY_VOCABULARY = 512
 
@@ -43,7 +50,10 @@ def model_config(name: str, variant: str, tiny: bool = False) -> dict[str, Any]:
 
 
 def _tiny(geometry: Geometry) -> Geometry:
-    pattern = replace(geometry.config, block_size=16, local_blocks=2, vert_stride=4, dense_layers=(0,))
+    if geometry.config.layers_differ:
+        pattern = S2Config(2, None, block_size=16, sink_blocks=1, full_heads={0: (1,), 1: (0,)})
+    else:
+        pattern = replace(geometry.config, block_size=16, local_blocks=2, vert_stride=4, dense_layers=(0,))
     return Geometry(3, 4, 2, 32, pattern)
 
 
