@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from itertools import product
+
 import pytest
 import torch
 
@@ -111,7 +114,9 @@ def test_caches_tell_their_layout(
     assert layout.strided_shape == shape
     assert layout.is_even == is_even
     window, strided = torch.ones(3, pattern.num_kv_heads, 64, 2), torch.ones(3, *shape, 2)
-    assert TierLayout.of_caches(pattern, window, strided) == layout
+    found = TierLayout.of_caches(pattern, window, strided)
+    assert found == layout
+    assert isinstance(found.residue_slots, int)
 
 
 def test_query_heads_tell_their_even_layout() -> None:
@@ -121,6 +126,66 @@ def test_query_heads_tell_their_even_layout() -> None:
     assert (layout.residue_slots, layout.strided_shape, layout.is_even) == (64, (2, 128), True)
     for shape in ((2, 128), (4, 64)):
         assert TierLayout.of_caches(pattern, torch.ones(3, 2, 128, 2), torch.ones(3, *shape, 2)) == layout
+
+
+MIXED = S2Pattern(4, 2, 3, (2, 2, -1, -1, 1, 1, -1, -1), 4, 1, (1,))
+"""One residue of KV head 0, all three of head 1, one of head 2 and none of head 3."""
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [*LAYOUTS, TierLayout(LAYOUTS[0].pattern, 4, 12), TierLayout(LAYOUTS[2].pattern, 16, 8)],
+    ids=layout_id,
+)
+def test_kept_tokens_fill_the_cache(layout: TierLayout) -> None:
+    check_cache_is_filled(layout)
+
+
+@pytest.mark.parametrize("residue_slots", [4, 8])
+def test_kept_tokens_of_heads_of_several_kinds_fill_the_cache(residue_slots: int) -> None:
+    layout = TierLayout(MIXED, 4, residue_slots)
+    check_cache_is_filled(layout)
+    assert layout.strided_index(3, 0) is None
+    # Block 5, of super-block 1, is the one of residue 2: of head 0, and the last of three of head 1.
+    assert layout.strided_slot(1, 5 * 4 + 3) == ((0, 5 * 4 + 3) if residue_slots == 8 else (1, 2 * 4 + 3))
+    assert layout.strided_index(1, 5 * 4 + 3) == ((0, 3, 4 + 3) if residue_slots == 8 else (1, 3, 3))
+
+
+def check_cache_is_filled(layout: TierLayout) -> None:
+    """What is kept of two pages' tokens is at every place of two pages of the cache, once."""
+    rows, slots = layout.strided_shape
+    places = [
+        layout.strided_index(head, position)
+        for head in range(layout.pattern.num_kv_heads)
+        for position in range(2 * layout.strided_page_tokens)
+    ]
+    kept = [place for place in places if place is not None]
+    assert len(kept) == len(set(kept))
+    assert set(kept) == set(product(range(2), range(rows), range(slots)))
+
+
+def test_head_tables_of_heads_of_several_kinds() -> None:
+    tables = head_tables(MIXED, torch.device("cpu"))
+    assert tables.residue.tolist() == [2, 2, -1, -1, 1, 1, -1, -1]
+    assert tables.rank.tolist() == [0, 0, -2, -2, 0, 0, -1, -1]
+    assert tables.kept.tolist() == [2, 0, 1, 2, 1]
+    assert tables.first_kept.tolist() == [0, 1, 4, 5, 5]
+    assert tables.rank_of_residue.tolist() == [[-1, -1, 0], [0, 1, 2], [-1, 0, -1], [-1, -1, -1]]
+
+
+@pytest.mark.parametrize(
+    ("slots", "message"),
+    [
+        ((64,), "pattern: sink_blocks: 1, expected a strided set of every head and no more"),
+        ((0, 64), "page_slots: 0, expected a positive integer"),
+        ((64, -64), "residue_slots: -64, expected a multiple of block_size (64)"),
+        ((64, 96), "residue_slots: 96, expected a multiple of block_size (64)"),
+    ],
+    ids=["none", "no-page", "negative", "no-blocks"],
+)
+def test_slots_of_heads_of_several_kinds(slots: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^{re.escape(message)}$"):
+        TierLayout(S2Pattern.build(2, 2, sink_blocks=1), *slots)
 
 
 @pytest.mark.parametrize("page_slots", [0, -64, 64, 200])

@@ -62,6 +62,16 @@ def test_the_fullest_entry_that_has_room() -> None:
     assert share_tightly(((6,), (7,), (2,)), 9) == (0, 1, 1)
 
 
+def test_a_fuller_entry_that_was_begun_later() -> None:
+    """7, and 5 with 4: of 10, they leave 3 and 1."""
+    assert share_tightly(((7,), (5,), (4,), (1,)), 10) == (0, 1, 1, 1)
+
+
+def test_one_layer() -> None:
+    packing = Packing(4, 64, ((3, 2),), (0,))
+    assert (packing.used_rows, packing.fullest_rows, packing.num_entries) == ([3, 2], 3, 1)
+
+
 def test_ranks_make_up_for_each_other() -> None:
     packing = Packing(4, 64, ((3, 1), (1, 3)), share_tightly(((3, 1), (1, 3)), 4))
     assert packing.leaders == (0, 0)

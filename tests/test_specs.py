@@ -14,7 +14,7 @@ from s2_kernels.config import S2Config
 from s2_kernels.pattern import S2Pattern
 from s2_vllm.plan import CachePlan, ModelGeometry
 from s2_vllm.planning import make_plan, plan_for
-from s2_vllm.specs import STRIDED_SUFFIX, SinkWindowSpec, strided_spec, window_spec
+from s2_vllm.specs import STRIDED_SUFFIX, SinkWindowSpec, padding_entries, strided_spec, window_spec
 from tests.plans import DTYPE, cache_config, cache_groups, cache_specs, reference_plan
 
 THREE_OF_EIGHT = make_plan(S2Config(2, 8, pattern_heads="query"), ModelGeometry(4, 6, 2, 128, DTYPE.itemsize))
@@ -104,3 +104,19 @@ def test_a_model_of_windows_alone_is_one_group() -> None:
 def test_the_strided_tier_is_the_layers_sibling() -> None:
     """vLLM reads the index of the layer in the name."""
     assert "model.layers.3.self_attn.attn" + STRIDED_SUFFIX == "model.layers.3.self_attn.attn.strided"
+
+
+@pytest.mark.parametrize(("window", "strided"), [(0, 0), (2, 1), (1, 2), (0, 1)])
+def test_padding_entries(window: int, strided: int) -> None:
+    plan = replace(sink_plan(1), window_padding=window, strided_padding=strided)
+    names = [f"layer.padding{n}" for n in range(2)]
+    expected = {name: window_spec(plan, DTYPE) for name in names[:window]}
+    expected |= {f"{name}.strided": strided_spec(plan, DTYPE) for name in names[:strided]}
+    assert dict(padding_entries(plan, "layer", DTYPE)) == expected
+
+
+def test_a_model_of_windows_alone_has_no_strided_spec() -> None:
+    pattern = S2Pattern.build(4, 2, block_size=16, vert_stride=None)
+    plan = plan_for({0: pattern}, ModelGeometry(1, 4, 2, 64, DTYPE.itemsize))
+    with pytest.raises(AssertionError, match="a model without a strided tier"):
+        strided_spec(plan, DTYPE)
