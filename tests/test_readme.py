@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import cpu_decode, eager_layer, kv_capacity, phi3_small, scheduler, training_step
 from benchmarks.engine.table import tables
-from benchmarks.geometries import GEOMETRIES, random_full_heads
+from benchmarks.geometries import GEOMETRIES, SERVED, random_full_heads
 from benchmarks.kernels.report import gradient_summary, summary
 from benchmarks.quality import figures
 from benchmarks.results_file import load_results
@@ -146,7 +146,7 @@ def test_plan_and_measured_capacity_are_reconciled(
         steps, name = record["max_num_batched_tokens"], record["geometry"]
         if record["variant"] == "dense":
             continue
-        (tmp_path / "config.json").write_text(json.dumps(GEOMETRIES[name].hf_config()))
+        (tmp_path / "config.json").write_text(json.dumps(SERVED[name].hf_config()))
         memory, length = record["kv_cache_bytes"], record["max_model_len"]
         options = ["--json", f"--kv-cache-memory-bytes={memory}", f"--max-model-len={length}"]
         assert main(["plan", str(tmp_path), f"--max-num-batched-tokens={steps}", *options]) == 0
@@ -154,7 +154,7 @@ def test_plan_and_measured_capacity_are_reconciled(
         for key in ("concurrent_requests", "concurrent_requests_decoding", "kv_cache_groups"):
             assert planned[key] == pytest.approx(record[key], rel=1e-9)
         fitting[name, steps] = planned["concurrent_requests"]
-    assert len(fitting) == 8
+    assert len(fitting) == 2 * len(SERVED)
     figures = f"{fitting['hhst-8b', 16384]:.2f} and {fitting['hhst-8b', 2048]:.2f} for this model"
     text = " ".join(README.split())
     assert "has 16,384, the default of the `LLM` class there, and 2,048;" in text
