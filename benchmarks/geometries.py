@@ -131,8 +131,10 @@ VARIATIONS = {
     **{f"block{size}": _of_blocks(size) for size in (16, 32)},
     "block128-head64": _of_blocks(128, 64),
     "block128-head128": _of_blocks(128),
+    "half-full": Geometry(32, 32, 8, config=S2Config(5, None, sink_blocks=1, full_heads=(1, 2, 4, 7))),
 }
-"""For kernels alone: other sizes of heads and blocks, most of which no Hopper kernel takes."""
+"""For kernels alone: other sizes of heads and blocks, most of which no Hopper kernel takes, and a layer of
+llama-3.1-8b-half that has half of its heads full."""
 
 
 def kernel_geometry(name: str) -> Geometry:

@@ -32,12 +32,18 @@ TINY = {
     "tiny-query": Geometry(
         1, 4, 2, 32, S2Config(2, 4, block_size=16, pattern_heads="query", head_sliding_offset=1)
     ),
+    "tiny-streaming": Geometry(1, 6, 3, 32, S2Config(2, None, block_size=16, sink_blocks=1, full_heads=(1,))),
+    "tiny-mixed": Geometry(1, 6, 3, 32, S2Config(2, 4, block_size=16, sink_blocks=2, full_heads=(0,))),
 }
 CASES = [
     Case("cache_write", "tiny", 1, 200),
     Case("decode", "tiny-query", 3, 300),
     Case("chunked_prefill", "tiny-query", 1, 200),
     Case("prefill", "tiny", 1, 256),
+    Case("cache_write", "tiny-mixed", 1, 200),
+    Case("decode", "tiny-streaming", 3, 300),
+    Case("chunked_prefill", "tiny-mixed", 1, 200),
+    Case("prefill", "tiny-streaming", 1, 256),
 ]
 # (context, new tokens): whole blocks, inside a block, across blocks, within the window.
 SPANS = [(0, 256), (0, 77), (128, 64), (100, 41), (299, 1), (3, 2)]
@@ -66,7 +72,8 @@ def test_pairs_are_those_of_the_token_mask(name: str, context: int, new: int) ->
     half_diagonals = pattern.num_heads * new / 2
     assert work.attended_pairs(pattern, context, new) == int(mask.sum()) - half_diagonals
     causal = torch.arange(context + new) <= positions[:, None]
-    assert work.dense_pairs(4, context, new) == 4 * int(causal.sum()) - half_diagonals
+    heads = pattern.num_heads
+    assert work.dense_pairs(heads, context, new) == heads * int(causal.sum()) - half_diagonals
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -122,8 +129,9 @@ def test_flex_mask_is_the_pattern(name: str, seq_len: int, key_block: int) -> No
             ].tolist():
                 dense[head, row, block * keys : (block + 1) * keys] = True
     assert torch.equal(dense, expected)
-    # Here no block of 128 keys is full: the window has 32 tokens.
-    assert (mask.full_kv_num_blocks.sum() > 0) == (seq_len > rows and key_block == 16)
+    # Without full heads no block of 128 keys is full here: the window has 32 tokens.
+    has_full_blocks = key_block == 16 or len(pattern.full_heads) > 0
+    assert (mask.full_kv_num_blocks.sum() > 0) == (seq_len > rows and has_full_blocks)
 
 
 def test_flex_mask_is_where_it_is_wanted() -> None:
@@ -265,12 +273,18 @@ def test_a_peer_that_does_not_run_has_a_reason(peer: str) -> None:
     assert record.keys().isdisjoint({"ms", "error"})
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ["tiny", "tiny-query"])
 def test_dkernels_gradients_are_asked_for_as_it_documents(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its interface on our kernels."""
     monkeypatch.setitem(sys.modules, "dkernel", dkernel)
     (record,) = run(Case("forward_backward", name, 1, 200), "dkernel")
     assert record["max_rel_err"] < 1e-4
+
+
+def test_dkernel_is_not_asked_for_heads_of_several_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dkernel", dkernel)
+    (record,) = run(Case("prefill", "tiny-mixed", 1, 200), "dkernel")
+    assert record["reason"] == pattern_of("tiny-mixed").kinds
 
 
 @pytest.mark.parametrize("which", range(3), ids=["dq", "dk", "dv"])

@@ -108,8 +108,10 @@ def visible_keys(
     pattern, head = pattern_and_head
     query_block, key_block = positions[:, None] // pattern.block_size, keys // pattern.block_size
     in_window = query_block - key_block < pattern.local_blocks
+    if head // pattern.group_size in pattern.full_heads:
+        return visible
     in_shard = key_block % pattern.vert_stride == pattern.residues[head]
-    return visible & (in_window | in_shard)
+    return visible & (in_window | in_shard | (key_block < pattern.sink_blocks))
 
 
 def check_attention(out: torch.Tensor, expected: Expected) -> float:
@@ -141,14 +143,16 @@ def check_cache(cache: TwoTierCache, inputs: Inputs) -> float:
         if not torch.equal(cache.window_cache[cache.window_table[0, page], :, slot], key_value):
             raise CheckFailed(f"token {position} is not in the window tier")
         for head in range(pattern.num_kv_heads):
-            place = cache.layout.strided_slot(head, position)
+            place = cache.layout.strided_index(head, position)
             if place is None:
                 continue
-            stored = cache.strided_cache[cache.strided_table[0, place[0]], head, place[1]]
+            page, row, slot = place
+            stored = cache.strided_cache[cache.strided_table[0, page], row, slot]
             if not torch.equal(stored, key_value[head]):
                 raise CheckFailed(f"token {position} of KV head {head} is not in the strided tier")
     expected = round(pattern.num_kv_heads * (tokens + pattern.stored_tokens(tokens)[1]))
-    written = int((~cache.window_cache.isnan().any(dim=-1)).sum())
+    pools = {id(pool): pool for pool in (cache.window_cache, cache.strided_cache)}.values()
+    written = sum(int((~pool.isnan().any(dim=-1)).sum()) for pool in pools)
     if written != expected:
         raise CheckFailed(f"{written} slots written, expected {expected}")
     return 0.0

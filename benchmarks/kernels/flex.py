@@ -39,6 +39,9 @@ def flex_block_mask(
         is_full = blocks.all(dim=4).all(dim=2) & before_tile
         is_partial = blocks.any(dim=4).any(dim=2) & ~is_full
         residues = torch.tensor(pattern.residues, dtype=torch.int32)
+        is_full_head = torch.tensor(
+            [head // pattern.group_size in pattern.full_heads for head in range(pattern.num_heads)]
+        )
 
     def attends(
         batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
@@ -46,7 +49,8 @@ def flex_block_mask(
         query_block, key_block = query // block_size, key // block_size
         in_window = query_block - key_block < pattern.local_blocks
         in_shard = key_block % pattern.vert_stride == residues[head]
-        return (key <= query) & (in_window | in_shard)
+        is_sink = key_block < pattern.sink_blocks
+        return (key <= query) & (in_window | in_shard | is_sink | is_full_head[head])
 
     return BlockMask.from_kv_blocks(
         *_indices(is_partial),

@@ -152,6 +152,8 @@ def _dkernel(inputs: Inputs) -> gradients.Attention:
         raise Unavailable(str(error)) from error
 
     config, pattern = inputs.case.shape.config, inputs.case.pattern
+    if pattern.kinds is not None:
+        raise Unavailable(pattern.kinds)
     attention = LocalStrideSparseAttention(
         pattern.num_heads,
         inputs.case.total_len,

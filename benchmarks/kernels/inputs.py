@@ -14,17 +14,20 @@ import torch
 from benchmarks.kernels.cases import Case
 from s2_kernels import paged
 from s2_kernels.layout import TierLayout
+from s2_kernels.pattern import S2Pattern
 
 # FlashAttention-3 loads pages by TMA when they hold whole tiles of keys, 128 for this head size.
 DENSE_PAGE_TOKENS = 128
+MIXED_PAGE_BLOCKS = 3
+"""Of a virtual head in a page of the strided tier, as in llama-3.1-8b-half's plan."""
 
 
 @dataclass(frozen=True)
 class TwoTierCache:
-    """Both tiers, in one pool.
+    """Both tiers, in one pool where their pages have the same shape.
 
     Attributes:
-        window_cache, strided_cache: [pages, num_kv_heads, page_slots, 2 * head_size].
+        window_cache, strided_cache: as `s2_kernels.layout` says.
         window_table, strided_table: int32 [batch, pages].
         window_slots, strided_slots: int64 [batch * total_len], of all tokens.
     """
@@ -132,30 +135,51 @@ def random_inputs(case: Case, dtype: torch.dtype, device: torch.device) -> Input
 
 def empty_two_tier_cache(case: Case, dtype: torch.dtype, device: torch.device) -> TwoTierCache:
     """Both tiers full of NaN, with pages for what the case's queries see."""
-    pattern = case.pattern
-    layout = TierLayout(pattern, pattern.num_kept * pattern.block_size)
+    pattern, layout = case.pattern, _layout(case.pattern)
     window_span, strided_span = layout.window_page_tokens, layout.strided_page_tokens
     first_window_block = max(0, case.context_len // pattern.block_size - pattern.local_blocks + 1)
     evicted = first_window_block * pattern.block_size // window_span
+    sinks = -(-pattern.sink_blocks * pattern.block_size // window_span)
     window_pages = -(-case.total_len // window_span)
     strided_pages = -(-case.total_len // strided_span)
-    live = window_pages - evicted
+    live = [page for page in range(window_pages) if page < sinks or page >= evicted]
 
-    pages = _page_numbers(case.batch * (live + strided_pages), device)
+    in_window, in_strided = case.batch * len(live), case.batch * strided_pages
+    pages = _page_numbers(in_window + (in_strided if layout.is_even else 0), device)
     window_table = torch.zeros(case.batch, window_pages, dtype=torch.int64, device=device)
-    window_table[:, evicted:] = pages[: case.batch * live].view(case.batch, live)
-    strided_table = pages[case.batch * live :].view(case.batch, strided_pages)
-    shape = (1 + len(pages), pattern.num_kv_heads, layout.page_slots, 2 * case.shape.head_size)
-    pool = torch.full(shape, torch.nan, dtype=dtype, device=device)
+    window_table[:, live] = pages[:in_window].view(case.batch, -1)
+    window_cache = _empty_pool(len(pages), (pattern.num_kv_heads, layout.page_slots), case, dtype, device)
+    strided_cache = window_cache
+    if layout.is_even:
+        pages = pages[in_window:]
+    else:
+        pages = _page_numbers(in_strided, device)
+        strided_cache = _empty_pool(in_strided, layout.strided_shape, case, dtype, device)
+    strided_table = pages.view(case.batch, strided_pages)
     return TwoTierCache(
         layout,
-        pool,
-        pool,
+        window_cache,
+        strided_cache,
         window_table.int(),
         strided_table.int(),
         _slots(window_table, window_span, case.total_len),
         _slots(strided_table, strided_span, case.total_len),
     )
+
+
+def _layout(pattern: S2Pattern) -> TierLayout:
+    """The smallest pages that fill each other's; for heads of several kinds, some like those of the plans."""
+    if pattern.kinds is None:
+        return TierLayout(pattern, pattern.num_kept * pattern.block_size)
+    return TierLayout(pattern, pattern.block_size, MIXED_PAGE_BLOCKS * pattern.block_size)
+
+
+def _empty_pool(
+    pages: int, shape: tuple[int, int], case: Case, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """So many pages, and page 0, of NaN."""
+    size = (1 + pages, *shape, 2 * case.shape.head_size)
+    return torch.full(size, torch.nan, dtype=dtype, device=device)
 
 
 def _slots(table: torch.Tensor, span: int, tokens: int) -> torch.Tensor:

@@ -8,9 +8,10 @@ token that some query of a KV head's group sees, and the queries and outputs.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 from benchmarks.kernels.cases import GRADIENT_OPS, Case
-from s2_kernels.pattern import S2Pattern
+from s2_kernels.pattern import NO_RESIDUE, S2Pattern
 
 BYTES_PER_ELEMENT = 2
 FLOP_PER_PAIR_AND_DIM = 2
@@ -23,15 +24,25 @@ def attended_pairs(pattern: S2Pattern, context_len: int, new_tokens: int) -> flo
     """(query, key) pairs of all query heads, for the queries at context_len ... + new_tokens - 1."""
     b, end = pattern.block_size, context_len + new_tokens
     pairs = 0.0
-    for residue, heads in Counter(pattern.residues).items():
+    kinds = ((h // pattern.group_size in pattern.full_heads, r) for h, r in enumerate(pattern.residues))
+    for (is_full, residue), heads in Counter(kinds).items():
         for block in range(context_len // b, -(-end // b)):
             first = max(context_len, block * b)
             queries = min(end, (block + 1) * b) - first
-            window = min(block, pattern.local_blocks - 1)
-            strided = len(range(residue, block - pattern.local_blocks + 1, pattern.vert_stride))
+            older = max(0, block - pattern.local_blocks + 1)
+            kept = older if is_full else _kept_blocks(pattern, older, {residue})
             diagonal = first - block * b + queries / 2
-            pairs += heads * queries * ((window + strided) * b + diagonal)
+            pairs += heads * queries * ((block - older + kept) * b + diagonal)
     return pairs
+
+
+def _kept_blocks(pattern: S2Pattern, end: int, residues: Collection[int]) -> int:
+    """Of the blocks before `end`, those of these residues and the sinks."""
+    sinks = min(end, pattern.sink_blocks)
+    others = sum(block % pattern.vert_stride not in residues for block in range(sinks))
+    return others + sum(
+        len(range(residue, end, pattern.vert_stride)) for residue in residues if residue != NO_RESIDUE
+    )
 
 
 def dense_pairs(num_heads: int, context_len: int, new_tokens: int) -> float:
@@ -44,12 +55,8 @@ def visible_tokens(pattern: S2Pattern, context_len: int, new_tokens: int) -> int
     b = pattern.block_size
     first_window_block = max(0, context_len // b - pattern.local_blocks + 1)
     window = context_len + new_tokens - first_window_block * b
-    strided_blocks = sum(
-        len(range(residue, first_window_block, pattern.vert_stride))
-        for kept in pattern.kept_residues
-        for residue in kept
-    )
-    return pattern.num_kv_heads * window + strided_blocks * b
+    kept_blocks = sum(_kept_blocks(pattern, first_window_block, kept) for kept in pattern.kept_residues)
+    return pattern.num_kv_heads * window + kept_blocks * b
 
 
 def flop(case: Case, dense: bool) -> float:
