@@ -39,17 +39,16 @@ PATTERNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
         {"head_dim": 64, "num_attention_heads": 8},
     ),
-    # All heads of layer 2 are streaming heads, and all of layer 3 full ones.
+    # All heads of layer 1 are streaming heads, and all of layer 2 full ones.
     "mixed": (
         {
             "block_size": 64,
             "local_blocks": 2,
             "vert_stride": None,
             "sink_blocks": 1,
-            "full_heads": {"0": [1], "3": [0, 1, 2, 3], "4": [0, 2, 3]},
-            "dense_layers": [1],
+            "full_heads": {"0": [1], "2": [0, 1, 2, 3], "3": [0, 2, 3]},
         },
-        {"head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 5},
+        {"head_dim": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4},
     ),
 }
 
