@@ -412,6 +412,9 @@ def test_layers_are_as_if_each_were_the_whole_model(
         ({"all": {}}, ": 'all', expected layers such as '3', '0-15' or '0-3,8'"),
         ({True: {}}, ": True, expected layers such as '3', '0-15' or '0-3,8'"),
         ({"2-3": {}, "2": {}}, ": '2', expected each layer once, and layer 2 is there twice"),
+        ({"0": {}, "2": {}, "0,3": {}}, ": '0,3', expected each layer once, and layer 0 is there twice"),
+        ({"\u0663": {}}, ": '\u0663', expected layers such as '3', '0-15' or '0-3,8'"),
+        ({2.0: {}}, ": 2.0, expected layers such as '3', '0-15' or '0-3,8'"),
         ({"0,0": {}}, ": '0,0', expected each layer once, and layer 0 is there twice"),
         ({"0-1": {}}, ": '0-1', expected sparse layers, and 1 is in dense_layers"),
         ({"0": {"block_size": 32}}, ".0.block_size: 32, expected none: all layers have the"),
@@ -536,6 +539,7 @@ def test_headwise_config() -> None:
     }
     # The same heads, of which each has a KV head of its own.
     assert config.layer_patterns(8, 8, LAYERS)[0].full_heads == (3,)
+    assert config.layer_patterns(8, 1, LAYERS)[0].full_heads == (0,)
     with pytest.raises(S2ConfigError, match=r"^headwise_config: layers that differ, expected one pattern"):
         config.pattern(8, 4)
 

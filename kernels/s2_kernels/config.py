@@ -7,7 +7,7 @@ Names are DKernel's (github.com/linxihui/dkernel). Phi-3-small's `blocksparse_*`
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -208,10 +208,10 @@ class S2Config:
         if not isinstance(raw, Mapping):
             raise cls.error("layers", f"{raw!r}, expected an object from layers to their keys")
         found: dict[str, dict[str, Any]] = {}
-        named: dict[int, object] = {}
+        named: set[int] = set()
         for label, own in raw.items():
             layers = cls._check_label("layers", label, num_layers, sparse, named)
-            named |= dict.fromkeys(layers, label)
+            named.update(layers)
             found[str(label)] = cls._check_own(f"layers.{label}", own)
         return found
 
@@ -232,10 +232,10 @@ class S2Config:
 
     @classmethod
     def _check_label(
-        cls, name: str, label: object, num_layers: int, sparse: list[int], named: Mapping[int, object]
+        cls, name: str, label: object, num_layers: int, sparse: list[int], named: Collection[int]
     ) -> list[int]:
         """The layers that a key of the object `name` stands for: sparse ones that no other key has named."""
-        if isinstance(label, bool) or not isinstance(label, (int, str)) or not _RANGES.fullmatch(str(label)):
+        if not _RANGES.fullmatch(str(label)):
             raise cls.error(name, f"{label!r}, expected layers such as '3', '0-15' or '0-3,8'")
         layers: list[int] = []
         for first, last in _ranges(str(label)):
@@ -354,7 +354,7 @@ class Phi3SmallPattern(S2Config):
         "vert_stride": "blocksparse_vert_stride",
         "homo_head": "blocksparse_homo_head_pattern",
     }
-    NULLABLE: ClassVar[frozenset[str]] = frozenset({"head_sliding_step"})
+    NULLABLE: ClassVar[frozenset[str]] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -367,7 +367,6 @@ class HeadwisePattern(S2Config):
     """
 
     OTHER_NAMES: ClassVar[Mapping[str, str]] = {
-        "local_blocks": f"{HEADWISE_KEY}.swa_token_num",
         "sink_blocks": f"{HEADWISE_KEY}.sink_token_num",
         "dense_layers": HEADWISE_KEY,
         "full_heads": HEADWISE_KEY,
