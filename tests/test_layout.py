@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -91,6 +92,7 @@ def test_head_tables_say_what_the_pattern_says(layout: TierLayout) -> None:
     for ranks, kept in zip(tables.rank_of_residue.tolist(), pattern.kept_residues, strict=True):
         assert [residue for residue, rank in enumerate(ranks) if rank >= 0] == list(kept)
         assert [rank for rank in ranks if rank >= 0] == list(range(pattern.num_kept))
+    assert tables.by_work.tolist() == list(range(pattern.num_heads))
     assert all(table.dtype == torch.int32 for table in tables)
 
 
@@ -212,6 +214,15 @@ def test_head_tables_of_a_pattern_written_out() -> None:
     assert tables.kept.tolist() == [1, 3, 3, 4]
     assert tables.first_kept.tolist() == [0, 2, 4]
     assert tables.rank_of_residue.tolist() == [[-1, 0, -1, 1, -1], [-1, -1, -1, 0, 1]]
+
+
+def test_head_tables_of_heads_of_several_kinds() -> None:
+    pattern = S2Pattern.build(10, 5, vert_stride=4, head_sliding_step=1, full_heads=[1])
+    pattern = replace(pattern, residues=(*pattern.residues[:6], -1, -1, *pattern.residues[8:]))
+    tables = head_tables(pattern, torch.device("cpu"))
+    assert tables.rank.tolist() == [0, 0, -2, -2, 0, 0, -1, -1, 0, 0]
+    assert tables.first_kept.tolist() == [0, 1, 5, 6, 6, 7]
+    assert tables.by_work.tolist() == [6, 7, 0, 1, 4, 5, 8, 9, 2, 3]
 
 
 def test_head_tables_are_on_the_device_that_was_asked_for() -> None:

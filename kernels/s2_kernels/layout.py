@@ -159,6 +159,7 @@ class HeadTables(NamedTuple):
         kept: [virtual heads], the kept residues of KV head 0, of KV head 1, ...
         first_kept: [num_kv_heads + 1], where in `kept` each KV head's begin, and the total.
         rank_of_residue: [num_kv_heads, vert_stride], the rank of a residue, -1 when it is not kept.
+        by_work: [num_heads], the query heads by what they attend to: streaming ones, strided ones, full ones.
     """
 
     residue: torch.Tensor
@@ -166,6 +167,7 @@ class HeadTables(NamedTuple):
     kept: torch.Tensor
     first_kept: torch.Tensor
     rank_of_residue: torch.Tensor
+    by_work: torch.Tensor
 
 
 @cache
@@ -194,10 +196,12 @@ def make_head_tables(pattern: S2Pattern, device: torch.device) -> HeadTables:
         ALL_RESIDUES if h // pattern.group_size in pattern.full_heads else rank
         for h, rank in enumerate(pattern.residue_ranks)
     ]
+    weights = {NO_RESIDUE: 0, ALL_RESIDUES: 2}
     return HeadTables(
         table(pattern.residues),
         table(ranks),
         table([residue for kept in pattern.kept_residues for residue in kept]),
         table([*pattern.first_virtual_heads, pattern.num_virtual_heads]),
         table(rank_of_residue),
+        table(sorted(range(pattern.num_heads), key=lambda head: weights.get(ranks[head], 1))),
     )
