@@ -32,9 +32,12 @@ PANELS = ("window_keys", "window_values", "strided_keys", "strided_values")
 POINTERS = {
     **dict.fromkeys(("window_table", "strided_table", "query_start_loc", "key_start_loc"), "*i32"),
     **dict.fromkeys(("seq_lens", "row_starts", "residues", "ranks", "items"), "*i32"),
+    **dict.fromkeys(("first_kept", "by_work"), "*i32"),
     **dict.fromkeys(("lse", "row_lse", "row_delta"), "*fp32"),
 }
 OUTPUTS = ("out", "d_keys", "d_values", "d_queries")
+OF_KINDS = ("first_kept", "by_work", "num_streaming", "first_full", "full_per_section")
+"""What the prefill kernel has arguments for where heads are of several kinds."""
 
 
 def type_of(name: str, dtype: str, head_size: int) -> str:
@@ -56,9 +59,14 @@ def compile_for_hopper(kernel: str, dtype: str, **constants: Any) -> str:
     function = KERNELS[kernel]
     constants = {
         "lse": None,
+        **({} if constants.get("KINDS") else dict.fromkeys(OF_KINDS)),
         "LOCAL_BLOCKS": 16,
         "VERT_STRIDE": 8,
         "STAGES": 2,
+        "NUM_KEPT": 1,
+        "RESIDUE_SLOTS": 64,
+        "KINDS": False,
+        "SINK_BLOCKS": 0,
         "ITEM_FIELDS": ITEM_FIELDS,
         **constants,
     }

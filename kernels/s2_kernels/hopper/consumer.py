@@ -15,10 +15,12 @@ from s2_kernels.hopper.schedule import (
     NO_UNIT,
     TILE_M,
     UNIT,
+    is_sink,
     item_of_wave,
     locate_tile,
     num_waves,
     order_units,
+    strided_blocks,
     unit_at,
 )
 
@@ -28,19 +30,28 @@ LN_2 = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def visible_keys(
-    n, order, residue, positions, window_starts, VERT_STRIDE: gl.constexpr, HALF_START: gl.constexpr
+    n,
+    order,
+    first_strided,
+    stride,
+    positions,
+    window_starts,
+    SINK_BLOCKS: gl.constexpr,
+    HALF_START: gl.constexpr,
 ):
     """[rows]: how many leading keys of unit n each query sees. Windows and units start at blocks."""
-    is_window, index = unit_at(n, order, HALF_START)
-    first_key = gl.where(is_window, index, index * VERT_STRIDE + residue) * UNIT
+    is_window, index = unit_at(n, order, SINK_BLOCKS, HALF_START)
+    first_key = gl.where(is_window, index, index * stride + first_strided) * UNIT
+    if SINK_BLOCKS > 0:
+        is_window = is_window & (is_sink(n, order) == 0)
     is_seen = ((first_key >= window_starts) == is_window) & (index != NO_UNIT)
     return gl.where(is_seen, positions + 1 - first_key, 0)
 
 
 @gluon.jit
-def mask_unit(logits, n, order, residue, positions, window_starts, VERT_STRIDE: gl.constexpr):
+def mask_unit(logits, n, order, first_strided, stride, positions, window_starts, SINK_BLOCKS: gl.constexpr):
     """Logits [rows, UNIT] of unit n, -inf where a query does not see a key."""
-    visible = visible_keys(n, order, residue, positions, window_starts, VERT_STRIDE, True)
+    visible = visible_keys(n, order, first_strided, stride, positions, window_starts, SINK_BLOCKS, True)
     visible = gl.convert_layout(visible, gl.SliceLayout(1, logits.type.layout))
     columns = gl.arange(0, UNIT, layout=gl.SliceLayout(0, logits.type.layout))
     return gl.where(columns[None, :] < visible[:, None], logits, float("-inf"))
@@ -51,15 +62,20 @@ def mask_step(
     logits,
     n,
     order,
-    residue,
+    first_strided,
+    stride,
     positions,
     window_starts,
-    VERT_STRIDE: gl.constexpr,
+    SINK_BLOCKS: gl.constexpr,
     HALF_START: gl.constexpr,
 ):
     """Logits [rows, BLOCK_N] of units n and n + 1, -inf where a query does not see a key."""
-    visible_0 = visible_keys(n, order, residue, positions, window_starts, VERT_STRIDE, HALF_START)
-    visible_1 = visible_keys(n + 1, order, residue, positions, window_starts, VERT_STRIDE, HALF_START)
+    visible_0 = visible_keys(
+        n, order, first_strided, stride, positions, window_starts, SINK_BLOCKS, HALF_START
+    )
+    visible_1 = visible_keys(
+        n + 1, order, first_strided, stride, positions, window_starts, SINK_BLOCKS, HALF_START
+    )
     columns = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, logits.type.layout))[None, :]
     ends = gl.where(columns < UNIT, visible_0[:, None], visible_1[:, None] + UNIT)
     return gl.where(columns < ends, logits, float("-inf"))
@@ -88,6 +104,7 @@ def zero_values_past_end(
     pieces,
     stage,
     HEAD_SIZE: gl.constexpr,
+    SINK_BLOCKS: gl.constexpr,
     HALF_START: gl.constexpr,
 ):
     """Zero the values of unit 0 or 1 in slots without a token, which a request's last block may have.
@@ -96,7 +113,7 @@ def zero_values_past_end(
     """
     PANELS: gl.constexpr = HEAD_SIZE // pieces.shape[2]
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    _, block = unit_at(HALF, order, HALF_START)
+    _, block = unit_at(HALF, order, SINK_BLOCKS, HALF_START)
     if (num_tokens % UNIT != 0) & (block == (num_tokens - 1) // UNIT):
         slots = gl.arange(0, UNIT, layout=gl.SliceLayout(1, LAYOUT))
         for panel in gl.static_range(PANELS):
@@ -114,14 +131,15 @@ def start_with_full_step(
     step,
     num_tokens,
     order,
-    residue,
+    first_strided,
+    stride,
     positions,
     window_starts,
     row_max,
     row_sum,
     scale_log2,
     OUTPUT: gl.constexpr,
-    VERT_STRIDE: gl.constexpr,
+    SINK_BLOCKS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """The softmax of units 0 and 1, whose values are there by then: (weights, row_max, row_sum)."""
@@ -137,11 +155,11 @@ def start_with_full_step(
     logits = gl.zeros([ROWS, BLOCK_N], gl.float32, LOGITS)
     logits = warpgroup_mma(queries, k_smem.index(stage).permute([1, 0]), logits, use_acc=False)
     mbarrier.arrive(k_empty.index(stage), count=1)
-    logits = mask_step(logits, 0, order, residue, positions, window_starts, VERT_STRIDE, False)
+    logits = mask_step(logits, 0, order, first_strided, stride, positions, window_starts, SINK_BLOCKS, False)
     weights, _, row_max, row_sum = softmax_weights(logits, row_max, row_sum, scale_log2)
     mbarrier.wait(v_ready.index(stage), phase)
     # Both warpgroups do this, each before its own product: they write the same.
-    zero_values_past_end(0, order, num_tokens, v_pieces, stage, HEAD_SIZE, False)
+    zero_values_past_end(0, order, num_tokens, v_pieces, stage, HEAD_SIZE, SINK_BLOCKS, False)
     return gl.convert_layout(weights.to(queries.dtype), WEIGHTS), row_max, row_sum
 
 
@@ -155,14 +173,15 @@ def start_with_half_step(
     num_tokens,
     order,
     masked_end,
-    residue,
+    first_strided,
+    stride,
     positions,
     window_starts,
     acc,
     row_max,
     row_sum,
     scale_log2,
-    VERT_STRIDE: gl.constexpr,
+    SINK_BLOCKS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Attention to unit HALF, and the softmax of units 2 and 3, whose logits are multiplied meanwhile.
@@ -192,17 +211,21 @@ def start_with_half_step(
     logits = warpgroup_mma(queries, k_smem.index(stage).permute([1, 0]), logits, use_acc=False, is_async=True)
     half_logits = warpgroup_mma_wait(1, deps=[half_logits])
     mbarrier.arrive(k_empty.index(half_stage), count=1)
-    half_logits = mask_unit(half_logits, HALF, order, residue, positions, window_starts, VERT_STRIDE)
+    half_logits = mask_unit(
+        half_logits, HALF, order, first_strided, stride, positions, window_starts, SINK_BLOCKS
+    )
     weights, _, row_max, row_sum = softmax_weights(half_logits, row_max, row_sum, scale_log2)
     mbarrier.wait(v_ready.index(half_stage), half_phase)
-    zero_values_past_end(HALF, order, num_tokens, v_pieces, half_stage, HEAD_SIZE, True)
+    zero_values_past_end(HALF, order, num_tokens, v_pieces, half_stage, HEAD_SIZE, SINK_BLOCKS, True)
     weights = gl.convert_layout(weights.to(dtype), WEIGHTS)
     half_values = v_smem.index(half_stage).slice(HALF * UNIT, UNIT, dim=0)
     acc = warpgroup_mma(weights, half_values, acc, use_acc=False, is_async=True)
     logits = warpgroup_mma_wait(1, deps=[logits])
     mbarrier.arrive(k_empty.index(stage), count=1)
     if masked_end > 2:
-        logits = mask_step(logits, 2, order, residue, positions, window_starts, VERT_STRIDE, True)
+        logits = mask_step(
+            logits, 2, order, first_strided, stride, positions, window_starts, SINK_BLOCKS, True
+        )
     next_weights, decay, row_max, row_sum = softmax_weights(logits, row_max, row_sum, scale_log2)
     mbarrier.wait(v_ready.index(stage), phase)
     acc, weights, next_weights, decay = warpgroup_mma_wait(0, deps=[acc, weights, next_weights, decay])
@@ -232,12 +255,15 @@ def consume(
     work,
     lengths,
     residues,
+    ranks,
     out_rows,
     lse,
     lse_stride_token,
     scale_log2,
     LOCAL_BLOCKS: gl.constexpr,
     VERT_STRIDE: gl.constexpr,
+    KINDS: gl.constexpr,
+    SINK_BLOCKS: gl.constexpr,
     HALF_START: gl.constexpr,
     STAGES: gl.constexpr,
 ):
@@ -247,7 +273,7 @@ def consume(
     """
     q_smem, k_smem, v_smem, _ = tiles
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = barriers
-    num_tiles, num_items, num_requests, heads_per_section = work
+    num_items = work[1]
     query_start_loc, _, seq_lens = lengths
     out, out_stride_token, out_stride_head = out_rows
     ROWS: gl.constexpr = TILE_M // 2
@@ -261,7 +287,7 @@ def consume(
     tiles_done = 0
     for wave in range(0, num_waves(num_items)):
         head, request, query_start, query_len, first_row = locate_tile(
-            item_of_wave(wave, num_items), num_tiles, num_requests, heads_per_section, query_start_loc
+            item_of_wave(wave, num_items), work, query_start_loc, KINDS
         )
         if first_row < query_len:
             # Rows past the last query repeat it, so that every row has keys.
@@ -271,9 +297,21 @@ def consume(
             rows = first_row + WARPGROUP * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LOGITS))
             positions = gl.minimum(context_len + rows, last_position)
             window_starts = (positions // UNIT - LOCAL_BLOCKS + 1) * UNIT
-            residue = gl.load(residues + head)
+            if KINDS:
+                first_strided, stride, _num_sinks = strided_blocks(
+                    gl.load(residues + head), gl.load(ranks + head), VERT_STRIDE, SINK_BLOCKS
+                )
+            else:
+                first_strided = gl.load(residues + head)
+                stride = VERT_STRIDE
             num_units, masked_end, order = order_units(
-                context_len + first_row, last_position, residue, LOCAL_BLOCKS, VERT_STRIDE, HALF_START
+                context_len + first_row,
+                last_position,
+                first_strided,
+                stride,
+                LOCAL_BLOCKS,
+                SINK_BLOCKS,
+                HALF_START,
             )
             acc = gl.zeros([ROWS, HEAD_SIZE], gl.float32, OUTPUT)
             row_max = gl.full([ROWS], -1e30, gl.float32, gl.SliceLayout(1, LOGITS))
@@ -290,14 +328,15 @@ def consume(
                     num_tokens,
                     order,
                     masked_end,
-                    residue,
+                    first_strided,
+                    stride,
                     positions,
                     window_starts,
                     acc,
                     row_max,
                     row_sum,
                     scale_log2,
-                    VERT_STRIDE,
+                    SINK_BLOCKS,
                     STAGES,
                 )
                 step += 1
@@ -310,14 +349,15 @@ def consume(
                     step,
                     num_tokens,
                     order,
-                    residue,
+                    first_strided,
+                    stride,
                     positions,
                     window_starts,
                     row_max,
                     row_sum,
                     scale_log2,
                     OUTPUT,
-                    VERT_STRIDE,
+                    SINK_BLOCKS,
                     STAGES,
                 )
                 first_unit = 2
@@ -336,7 +376,15 @@ def consume(
                 mbarrier.arrive(k_empty.index(stage), count=1)
                 if n < masked_end:
                     logits = mask_step(
-                        logits, n, order, residue, positions, window_starts, VERT_STRIDE, HALF_START
+                        logits,
+                        n,
+                        order,
+                        first_strided,
+                        stride,
+                        positions,
+                        window_starts,
+                        SINK_BLOCKS,
+                        HALF_START,
                     )
                 next_weights, decay, row_max, row_sum = softmax_weights(logits, row_max, row_sum, scale_log2)
                 # Values are wanted in the next step only, but the wait for them keeps ptxas from moving the

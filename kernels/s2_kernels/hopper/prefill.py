@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from math import gcd
 from threading import Lock
 
 import torch
@@ -23,30 +24,25 @@ from s2_kernels.hopper.consumer import BLOCK_N, consume
 from s2_kernels.hopper.gluon_api import reinterpret
 from s2_kernels.hopper.producer import PANEL, produce
 from s2_kernels.hopper.schedule import TILE_M, UNIT
+from s2_kernels.launch import limits
 from s2_kernels.launch.call_cache import CallCache, layouts
 from s2_kernels.launch.configs import launch_config, shape_key
 from s2_kernels.launch.device import num_multiprocessors
 from s2_kernels.launch.handle import KernelLaunch
-from s2_kernels.launch.limits import LOG2_E, local_blocks
-from s2_kernels.layout import HeadTables
+from s2_kernels.launch.limits import LOG2_E
+from s2_kernels.layout import HeadTables, TierLayout
 from s2_kernels.paged.calls import AttendCall
 from s2_kernels.paged.requests import UNALIGNED, PagedRequests
-from s2_kernels.pattern import S2Pattern
+from s2_kernels.pattern import NO_RESIDUE, S2Pattern
 from s2_kernels.tiles import first_tile
 
 SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 MIB = 2**20
-VARYING = (
-    "queries",
-    "window_keys",
-    "window_values",
-    "strided_keys",
-    "strided_values",
-    "out",
-    "residues",
-    "ranks",
-    "lse",
-)
+OF_KINDS = ("num_streaming", "first_full", "full_per_section")
+"""The arguments that say how many heads are of which kind, None where all are of one."""
+KEYS_AND_VALUES = ("window_keys", "window_values", "strided_keys", "strided_values")
+OF_HEADS = ("residues", "ranks", "first_kept", "by_work")
+VARYING = ("queries", *KEYS_AND_VALUES, "out", *OF_HEADS, "lse")
 """The arguments that a launch is repeated with."""
 
 _CONTIGUOUS_CALLS: CallCache[Callable[..., None]] = CallCache()
@@ -58,6 +54,9 @@ _CONTIGUOUS_CALLS: CallCache[Callable[..., None]] = CallCache()
         "num_items",
         "num_requests",
         "heads_per_section",
+        "num_streaming",
+        "first_full",
+        "full_per_section",
         "window_table_stride",
         "strided_table_stride",
     ],
@@ -92,16 +91,28 @@ def prefill_fwd_kernel(
     out_stride_token: gl.int64,
     out_stride_head: gl.int64,
     lse_stride_token: gl.int64,
+    first_kept,  # [num_kv_heads + 1], and what else is None without KINDS
+    by_work,  # [num_heads]
+    num_streaming,
+    first_full,
+    full_per_section,
     GROUP_SIZE: gl.constexpr,
     HEAD_SIZE: gl.constexpr,
     PAGE_SLOTS: gl.constexpr,
+    RESIDUE_SLOTS: gl.constexpr,
     LOCAL_BLOCKS: gl.constexpr,
     VERT_STRIDE: gl.constexpr,
     NUM_KEPT: gl.constexpr,
+    KINDS: gl.constexpr,
+    SINK_BLOCKS: gl.constexpr,
     HALF_START: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """A program works on one tile per wave: `item_of_wave`, `locate_tile`."""
+    """A program works on one tile per wave: `item_of_wave`, `locate_tile`.
+
+    KINDS: heads may be full or streaming, and the strided tier's pages have RESIDUE_SLOTS slots for each kept
+    residue of a KV head. Otherwise those pages are like the window tier's, and each KV head keeps NUM_KEPT.
+    """
     dtype: gl.constexpr = queries.dtype
     LAYOUT: gl.constexpr = queries.layout
     PIECES: gl.constexpr = STAGES * (HEAD_SIZE // PANEL) * 2
@@ -129,7 +140,10 @@ def prefill_fwd_kernel(
     fence_async_shared()
 
     # Tuples without compile-time constants: Triton 3.6 takes those out of a tuple that has a name.
-    work = (num_tiles, num_items, num_requests, heads_per_section)
+    sections = heads_per_section
+    if KINDS:
+        sections = (heads_per_section, by_work, num_streaming, first_full, full_per_section)
+    work = (num_tiles, num_items, num_requests, sections)
     barriers = (q_ready, q_empty, k_ready, k_empty, v_ready, v_empty)
     window = (
         window_keys,
@@ -162,12 +176,15 @@ def prefill_fwd_kernel(
                     work,
                     lengths,
                     residues,
+                    ranks,
                     out_rows,
                     lse,
                     lse_stride_token,
                     scale_log2,
                     LOCAL_BLOCKS,
                     VERT_STRIDE,
+                    KINDS,
+                    SINK_BLOCKS,
                     HALF_START,
                     STAGES,
                 ),
@@ -181,12 +198,15 @@ def prefill_fwd_kernel(
                     work,
                     lengths,
                     residues,
+                    ranks,
                     out_rows,
                     lse,
                     lse_stride_token,
                     scale_log2,
                     LOCAL_BLOCKS,
                     VERT_STRIDE,
+                    KINDS,
+                    SINK_BLOCKS,
                     HALF_START,
                     STAGES,
                 ),
@@ -204,12 +224,16 @@ def prefill_fwd_kernel(
                     work,
                     lengths,
                     heads,
+                    first_kept,
                     GROUP_SIZE,
                     HEAD_SIZE,
                     PAGE_SLOTS,
+                    RESIDUE_SLOTS,
                     LOCAL_BLOCKS,
                     VERT_STRIDE,
                     NUM_KEPT,
+                    KINDS,
+                    SINK_BLOCKS,
                     HALF_START,
                     STAGES,
                 ),
@@ -231,6 +255,11 @@ def prepare_prefill(
 ) -> AttendCall:
     """`s2_kernels.paged.attend` of tensors that `refusal` has nothing against, after its checks."""
     window_cache, strided_cache, window_table, strided_table, query_start_loc, seq_lens = requests
+    layout = TierLayout.of_caches(pattern, window_cache, strided_cache)
+    # Streaming heads have no pages of the strided tier: nothing is read there.
+    has_strided = strided_cache.numel() > 0
+    strided_cache = strided_cache if has_strided else window_cache
+    num_kept = limits.num_kept(layout)
     page_slots, columns = window_cache.shape[2:]
     queries = head_blocks(q)
     window, strided = _rows(window_cache, columns), _rows(strided_cache, columns)
@@ -244,7 +273,9 @@ def prepare_prefill(
         scale,
         out,
         lse=None,
+        num_kept=num_kept,
         page_slots=page_slots,
+        residue_slots=layout.residue_slots,
         page_rows=(
             window_cache.stride(0) // window_cache.stride(2),
             strided_cache.stride(0) // strided_cache.stride(2),
@@ -253,8 +284,7 @@ def prepare_prefill(
             window_cache.stride(1) // window_cache.stride(2),
             strided_cache.stride(1) // strided_cache.stride(2),
         ),
-        max_seq_len=max_seq_len
-        or strided_table.shape[1] * page_slots * pattern.vert_stride // pattern.num_kept,
+        max_seq_len=max_seq_len or window_table.shape[1] * page_slots,
     )
 
     def attend(
@@ -265,8 +295,9 @@ def prepare_prefill(
         tables: HeadTables,
     ) -> None:
         # The descriptors of the launch, moved: what Triton checks of each new one has been checked.
-        queries.base, window.base, strided.base = q, window_cache, strided_cache
-        launch(queries, window, window, strided, strided, out, tables.residue, tables.rank, None)
+        queries.base, window.base = q, window_cache
+        strided.base = strided_cache if has_strided else window_cache
+        launch(queries, window, window, strided, strided, out, *_head_tables(tables, num_kept), None)
         # No tensor is kept alive from here.
         queries.base = window.base = strided.base = None
 
@@ -317,6 +348,7 @@ def _prepare_contiguous(
     tables: HeadTables,
 ) -> Callable[..., None]:
     """The launch, as a function of tensors like q, k, v, out and lse."""
+    num_kept = pattern.num_kept if pattern.kinds is None else limits.VARYING
     columns = k.shape[1] * k.shape[2]
     queries, keys, values = head_blocks(q), _rows(k, columns), _rows(v, columns)
     launch = _prepare(
@@ -329,7 +361,9 @@ def _prepare_contiguous(
         scale,
         out,
         lse=lse,
+        num_kept=num_kept,
         page_slots=0,
+        residue_slots=0,
         page_rows=(0, 0),
         head_rows=(0, 0),
         max_seq_len=k.shape[0],
@@ -341,7 +375,7 @@ def _prepare_contiguous(
     ) -> None:
         with lock:
             queries.base, keys.base, values.base = q, k, v
-            launch(queries, keys, values, keys, values, out, tables.residue, tables.rank, lse)
+            launch(queries, keys, values, keys, values, out, *_head_tables(tables, num_kept), lse)
             queries.base = keys.base = values.base = None
 
     queries.base = keys.base = values.base = None  # no tensor is kept alive from here
@@ -360,12 +394,23 @@ def _prepare(
     out: torch.Tensor,
     *,
     lse: torch.Tensor | None,
+    num_kept: int,
     page_slots: int,
+    residue_slots: int,
     page_rows: tuple[int, int],
     head_rows: tuple[int, int],
     max_seq_len: int,
 ) -> KernelLaunch:
-    """The launch of VARYING."""
+    """The launch of VARYING.
+
+    Args:
+        num_kept: residues of each KV head; `limits.VARYING` where its heads may be of several kinds.
+        page_slots: slots of a KV head in a page of the window tier, 0 for keys that are not paged.
+        residue_slots: slots of a virtual head in a page of the strided tier.
+        page_rows, head_rows: rows from one page, or head, to the next, in either tier.
+        max_seq_len: the longest sequence, or a bound.
+        others: as of `prepare_prefill` and `contiguous_prefill_fwd`.
+    """
     num_tokens, num_heads, head_size = out.shape
     num_requests = lengths[2].shape[0]
     num_tiles = first_tile(num_tokens, num_requests, TILE_M.value)
@@ -374,21 +419,20 @@ def _prepare(
     section_bytes = config.pop("section_mib") * MIB
     arguments = {
         "queries": queries,
-        **dict(zip(VARYING[1:5], keys_and_values, strict=True)),
+        **dict(zip(KEYS_AND_VALUES, keys_and_values, strict=True)),
         "window_table": block_tables[0],
         "strided_table": block_tables[1],
         "query_start_loc": lengths[0],
         "key_start_loc": lengths[1],
         "seq_lens": lengths[2],
-        "residues": tables.residue,
-        "ranks": tables.rank,
+        **dict(zip(OF_HEADS, _head_tables(tables, num_kept), strict=True)),
         "out": out,
         "lse": lse,
         "scale_log2": scale * LOG2_E,
         "num_tiles": num_tiles,
         "num_items": num_items,
         "num_requests": num_requests,
-        "heads_per_section": heads_per_section(pattern, max_seq_len, head_size, section_bytes),
+        **_sections(pattern, num_kept, max_seq_len, head_size, section_bytes),
         "window_table_stride": block_tables[0].stride(0),
         "strided_table_stride": block_tables[1].stride(0),
         "window_page_rows": page_rows[0],
@@ -401,9 +445,12 @@ def _prepare(
         "GROUP_SIZE": pattern.group_size,
         "HEAD_SIZE": head_size,
         "PAGE_SLOTS": page_slots,
-        "LOCAL_BLOCKS": local_blocks(pattern),
+        "RESIDUE_SLOTS": residue_slots,
+        "LOCAL_BLOCKS": limits.local_blocks(pattern),
         "VERT_STRIDE": pattern.vert_stride,
-        "NUM_KEPT": pattern.num_kept,
+        "NUM_KEPT": num_kept,
+        "KINDS": num_kept == limits.VARYING,
+        "SINK_BLOCKS": limits.sink_blocks(pattern),
         "HALF_START": max_seq_len > pattern.window_tokens,
         **config,
     }
@@ -423,10 +470,44 @@ def hopper_prefill_config(head_size: int, dtype: torch.dtype) -> dict[str, int]:
 def heads_per_section(pattern: S2Pattern, max_seq_len: int, head_size: int, section_bytes: int) -> int:
     """How many query heads to work on at a time: those of as many KV heads as share the L2 cache well."""
     strided_tokens = max_seq_len * pattern.num_kept // pattern.vert_stride
-    head_bytes = max(1, strided_tokens * 2 * head_size * 2)
-    fitting = (n for n in range(1, pattern.num_kv_heads + 1) if pattern.num_kv_heads % n == 0)
-    kv_heads = max((n for n in fitting if n * head_bytes <= section_bytes), default=1)
-    return kv_heads * pattern.group_size
+    return _fitting(pattern.num_heads, pattern.group_size, strided_tokens, head_size, section_bytes)
+
+
+def _fitting(num_heads: int, group_size: int, kv_tokens: int, head_size: int, section_bytes: int) -> int:
+    """Of so many query heads, those of a section; each group of them reads `kv_tokens` older than the window.
+
+    Sections are equal, and have whole groups where the kind of heads that they are of has.
+    """
+    group_size = gcd(num_heads, group_size)
+    groups = num_heads // group_size
+    head_bytes = max(1, kv_tokens * 2 * head_size * 2)
+    fitting = (n for n in range(1, groups + 1) if groups % n == 0)
+    return group_size * max((n for n in fitting if n * head_bytes <= section_bytes), default=1)
+
+
+def _sections(
+    pattern: S2Pattern, num_kept: int, max_seq_len: int, head_size: int, section_bytes: int
+) -> dict[str, int | None]:
+    """How heads come in sections, by the names of the kernel's arguments: see `schedule.kind_at`."""
+    if num_kept != limits.VARYING:
+        per_section = heads_per_section(pattern, max_seq_len, head_size, section_bytes)
+        return {"heads_per_section": per_section, **dict.fromkeys(OF_KINDS)}
+    group_size = pattern.group_size
+    num_full = len(pattern.full_heads) * group_size
+    num_streaming = pattern.residues.count(NO_RESIDUE) - num_full
+    first_full = pattern.num_heads - num_full
+    strided_tokens = max_seq_len * pattern.most_strided // pattern.vert_stride
+    strided = _fitting(first_full - num_streaming, group_size, strided_tokens, head_size, section_bytes)
+    full = _fitting(num_full, group_size, max_seq_len, head_size, section_bytes)
+    of_kinds = (num_streaming, first_full, full)
+    return {"heads_per_section": strided, **dict(zip(OF_KINDS, of_kinds, strict=True))}
+
+
+def _head_tables(tables: HeadTables, num_kept: int) -> tuple[torch.Tensor | None, ...]:
+    """What the kernel reads of a pattern's tables: OF_HEADS."""
+    if num_kept != limits.VARYING:
+        return tables.residue, tables.rank, None, None
+    return tables.residue, tables.rank, tables.first_kept, tables.by_work
 
 
 def head_blocks(q: torch.Tensor) -> TensorDescriptor:

@@ -8,6 +8,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from s2_kernels.hopper.gluon_api import tma_load
 from s2_kernels.hopper.schedule import (
+    ALL_RESIDUES,
     NO_UNIT,
     TILE_M,
     UNIT,
@@ -15,6 +16,7 @@ from s2_kernels.hopper.schedule import (
     locate_tile,
     num_waves,
     order_units,
+    strided_blocks,
     unit_at,
 )
 
@@ -25,33 +27,58 @@ NO_ROW = gl.constexpr(2**31 - 2**16)
 
 
 @gluon.jit
+def strided_run(kv_head, rank, num_sinks, first_kept, RESIDUE_SLOTS: gl.constexpr):
+    """Where the strided tier has a head's blocks, if KV heads keep different numbers of residues.
+
+    Returns (the KV head's first virtual head, its slots in a page, the place of the query head's first block
+    among the KV head's, the distance of such blocks). A full head's are all that its KV head keeps.
+    """
+    first_row = gl.load(first_kept + kv_head)
+    num_kept = gl.load(first_kept + kv_head + 1) - first_row
+    page_slots = gl.maximum(num_kept, 1) * RESIDUE_SLOTS
+    distance = gl.where(rank == ALL_RESIDUES, 1, num_kept)
+    return first_row, page_slots, gl.maximum(rank, 0) + num_sinks * distance, distance
+
+
+@gluon.jit
 def row_of_unit(
     n,
     order,
     window,
     strided,
-    residue,
-    rank,
+    first_strided,
+    stride,
+    first_place,
+    distance,
+    strided_page_slots,
     PAGE_SLOTS: gl.constexpr,
-    VERT_STRIDE: gl.constexpr,
-    NUM_KEPT: gl.constexpr,
+    KINDS: gl.constexpr,
+    SINK_BLOCKS: gl.constexpr,
     HALF_START: gl.constexpr,
 ):
     """(whether unit n is of the window tier, row of its first token in the tier's array).
 
     Of each tier: the request's row of its block table, rows in a page, and the head's first row.
     PAGE_SLOTS 0 stands for keys that are not paged: both tiers are the same array, a row for each token.
+
+    Args:
+        first_strided, stride: the head's strided blocks are first_strided, first_strided + stride, ...
+        first_place, distance: and among the blocks that its KV head keeps, likewise.
+        strided_page_slots: the KV head's slots in a page of the strided tier.
     """
     window_pages, window_page_rows, window_start = window
     strided_pages, strided_page_rows, strided_start = strided
-    is_window, index = unit_at(n, order, HALF_START)
+    is_window, index = unit_at(n, order, SINK_BLOCKS, HALF_START)
     if PAGE_SLOTS == 0:
-        row = window_start + gl.where(is_window, index, index * VERT_STRIDE + residue) * UNIT
+        row = window_start + gl.where(is_window, index, index * stride + first_strided) * UNIT
     else:
-        token = gl.where(is_window, index, index * NUM_KEPT + rank) * UNIT
+        token = gl.where(is_window, index, index * distance + first_place) * UNIT
         pages = gl.where(is_window, window_pages, strided_pages)
-        page = gl.load(pages + token // PAGE_SLOTS, mask=index != NO_UNIT, other=0)
-        row = page * gl.where(is_window, window_page_rows, strided_page_rows) + token % PAGE_SLOTS
+        page_slots = PAGE_SLOTS
+        if KINDS:
+            page_slots = gl.where(is_window, PAGE_SLOTS, strided_page_slots)
+        page = gl.load(pages + token // page_slots, mask=index != NO_UNIT, other=0)
+        row = page * gl.where(is_window, window_page_rows, strided_page_rows) + token % page_slots
         row += gl.where(is_window, window_start, strided_start)
     return is_window, gl.where(index == NO_UNIT, NO_ROW, row)
 
@@ -102,18 +129,22 @@ def produce(
     work,
     lengths,
     heads,
+    first_kept,
     GROUP_SIZE: gl.constexpr,
     HEAD_SIZE: gl.constexpr,
     PAGE_SLOTS: gl.constexpr,
+    RESIDUE_SLOTS: gl.constexpr,
     LOCAL_BLOCKS: gl.constexpr,
     VERT_STRIDE: gl.constexpr,
     NUM_KEPT: gl.constexpr,
+    KINDS: gl.constexpr,
+    SINK_BLOCKS: gl.constexpr,
     HALF_START: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """Load the queries and units of every tile of this program."""
     q_ready, q_empty, k_ready, k_empty, v_ready, v_empty = barriers
-    num_tiles, num_items, num_requests, heads_per_section = work
+    num_items = work[1]
     query_start_loc, key_start_loc, seq_lens = lengths
     residues, ranks = heads
     (window_keys, window_values, window_table, window_table_stride, window_page_rows, window_head_rows) = (
@@ -131,17 +162,37 @@ def produce(
     tiles_done = 0
     for wave in range(0, num_waves(num_items)):
         head, request, query_start, query_len, first_row = locate_tile(
-            item_of_wave(wave, num_items), num_tiles, num_requests, heads_per_section, query_start_loc
+            item_of_wave(wave, num_items), work, query_start_loc, KINDS
         )
         if first_row < query_len:
             context_len = gl.load(seq_lens + request) - query_len
             last_position = context_len + gl.minimum(first_row + TILE_M, query_len) - 1
-            residue = gl.load(residues + head)
+            first_strided = gl.load(residues + head)
             rank = gl.load(ranks + head)
+            stride = VERT_STRIDE
+            if KINDS:
+                first_strided, stride, num_sinks = strided_blocks(
+                    first_strided, rank, VERT_STRIDE, SINK_BLOCKS
+                )
             num_units, _, order = order_units(
-                context_len + first_row, last_position, residue, LOCAL_BLOCKS, VERT_STRIDE, HALF_START
+                context_len + first_row,
+                last_position,
+                first_strided,
+                stride,
+                LOCAL_BLOCKS,
+                SINK_BLOCKS,
+                HALF_START,
             )
             kv_head = head // GROUP_SIZE
+            if KINDS and PAGE_SLOTS != 0:
+                strided_head, strided_page_slots, first_place, distance = strided_run(
+                    kv_head, rank, num_sinks, first_kept, RESIDUE_SLOTS
+                )
+            else:
+                strided_head = kv_head
+                strided_page_slots = PAGE_SLOTS
+                first_place = rank
+                distance = NUM_KEPT
             window_pages = window_table + request.to(gl.int64) * window_table_stride
             strided_pages = strided_table + request.to(gl.int64) * strided_table_stride
             if PAGE_SLOTS == 0:
@@ -151,7 +202,7 @@ def produce(
                 value_column = key_column
             else:
                 window_start = kv_head * window_head_rows
-                strided_start = kv_head * strided_head_rows
+                strided_start = strided_head * strided_head_rows
                 key_column = 0
                 value_column = HEAD_SIZE
 
@@ -175,11 +226,14 @@ def produce(
                         order,
                         window_rows,
                         strided_rows,
-                        residue,
-                        rank,
+                        first_strided,
+                        stride,
+                        first_place,
+                        distance,
+                        strided_page_slots,
                         PAGE_SLOTS,
-                        VERT_STRIDE,
-                        NUM_KEPT,
+                        KINDS,
+                        SINK_BLOCKS,
                         HALF_START,
                     )
                     unit_1 = row_of_unit(
@@ -187,11 +241,14 @@ def produce(
                         order,
                         window_rows,
                         strided_rows,
-                        residue,
-                        rank,
+                        first_strided,
+                        stride,
+                        first_place,
+                        distance,
+                        strided_page_slots,
                         PAGE_SLOTS,
-                        VERT_STRIDE,
-                        NUM_KEPT,
+                        KINDS,
+                        SINK_BLOCKS,
                         HALF_START,
                     )
                     fill_stage(

@@ -38,7 +38,7 @@ def units_with_keys(
     Unit u of these is at `place_of_unit(u, order)` among those.
     """
     num_units, masked_end, order = order_units(
-        first_position, last_position, residue, LOCAL_BLOCKS, VERT_STRIDE, False
+        first_position, last_position, residue, VERT_STRIDE, LOCAL_BLOCKS, 0, False
     )
     edge_end = order[2]
     return num_units - (masked_end - edge_end), edge_end, order
@@ -47,7 +47,7 @@ def units_with_keys(
 @gluon.jit
 def place_of_unit(u, order):
     """Where unit u is in the order, which may have one unit without keys after those that need a mask."""
-    edge_end, masked_end = order[2], order[3]
+    edge_end, masked_end = order[2], order[4]
     return u + gl.where(u >= edge_end, masked_end - edge_end, 0)
 
 
@@ -71,13 +71,13 @@ def produce_for_queries(
     q_smem, d_out_smem = rows_smem
     k_smem, v_smem = kv_smem
     rows_ready, rows_empty, ready, empty = barriers
-    num_tiles, num_items, num_requests, heads_per_section = work
+    num_items = work[1]
     query_start_loc, key_start_loc, seq_lens, _row_starts = lengths
     step = 0
     tiles_done = 0
     for wave in range(0, num_waves(num_items)):
         head, request, query_start, query_len, first_row = locate_tile(
-            item_of_wave(wave, num_items), num_tiles, num_requests, heads_per_section, query_start_loc
+            item_of_wave(wave, num_items), work, query_start_loc, False
         )
         if first_row < query_len:
             context_len = gl.load(seq_lens + request) - query_len
@@ -96,7 +96,7 @@ def produce_for_queries(
                 tma_load(d_out, at, rows_ready, d_out_smem.index(half))
             tiles_done += 1
             for u in range(0, num_units):
-                is_window, index = unit_at(place_of_unit(u, order), order, False)
+                is_window, index = unit_at(place_of_unit(u, order), order, 0, False)
                 block = gl.where(is_window, index, index * VERT_STRIDE + residue)
                 stage = step % STAGES
                 mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -117,7 +117,7 @@ def logit_gradients(logits, d_weights, lse, delta, scale_log2):
 def mask_gradients(d_logits, u, order, residue, positions, window_starts, VERT_STRIDE: gl.constexpr):
     """Gradients of the logits of unit u, zero where a query does not see a key."""
     place = place_of_unit(u, order)
-    visible = visible_keys(place, order, residue, positions, window_starts, VERT_STRIDE, False)
+    visible = visible_keys(place, order, residue, VERT_STRIDE, positions, window_starts, 0, False)
     columns = gl.arange(0, UNIT, layout=gl.SliceLayout(0, d_logits.type.layout))
     return gl.where(columns[None, :] < visible[:, None], d_logits, 0.0)
 
@@ -143,7 +143,7 @@ def consume_for_queries(
     q_smem, d_out_smem = rows_smem
     k_smem, v_smem = kv_smem
     rows_ready, rows_empty, ready, empty = barriers
-    num_tiles, num_items, num_requests, heads_per_section = work
+    num_items = work[1]
     query_start_loc, _key_start_loc, seq_lens, row_starts = lengths
     row_lse, row_delta, num_blocks = statistics
     d_queries, dq_stride_token, dq_stride_head = gradients
@@ -159,7 +159,7 @@ def consume_for_queries(
     tiles_done = 0
     for wave in range(0, num_waves(num_items)):
         head, request, query_start, query_len, first_row = locate_tile(
-            item_of_wave(wave, num_items), num_tiles, num_requests, heads_per_section, query_start_loc
+            item_of_wave(wave, num_items), work, query_start_loc, False
         )
         if first_row < query_len:
             # Rows past the last query repeat it, so that every row has keys.
