@@ -161,6 +161,8 @@ LAUNCHED_BY: list[tuple[dict[str, Any], float]] = [
     ({"sink_blocks": 2}, 0.5),
     ({"num_heads": 12}, 0.5),
     ({"full_heads": [0, 1]}, 0.5),
+    ({"vert_stride": None}, 0.5),
+    ({"pattern_heads": "query"}, 0.5),
 ]
 
 
@@ -173,6 +175,26 @@ def test_what_layers_must_have_in_common_to_share_their_calls() -> None:
     assert len(set(kinds)) == len(LAUNCHED_BY)
     assert None not in kinds
     assert LayerHeads(PATTERN, 0.5, None).launch_kind is None
+
+
+def test_layers_share_their_calls_by_how_many_heads_of_a_kind_they_have() -> None:
+    """Of three heads, none full or streaming, one, the other, or two of them: whichever they are."""
+    kinds = [
+        {
+            LayerHeads(S2Pattern(16, 2, 4, residues, 3, 1, full_heads), 0.5, None).launch_kind
+            for residues, full_heads in layers
+        }
+        for layers in (
+            [((0, 1, 2), ()), ((3, 3, 3), ())],
+            [((-1, 1, 2), (0,)), ((0, 3, -1), (2,))],
+            [((-1, 1, 2), ()), ((0, -1, 2), ())],
+            [((-1, 1, -1), (0, 2)), ((-1, -1, 2), (0, 1))],
+            [((-1, 1, -1), (0,)), ((-1, 1, -1), (2,))],
+            [((-1, 1, -1), ()), ((-1, -1, 2), ())],
+        )
+    ]
+    assert [len(kind) for kind in kinds] == [1] * len(kinds)
+    assert len(set.union(*kinds)) == len(kinds)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from s2_kernels.layout import HeadTables
 from s2_kernels.paged.calls import AttendCall, WriteCall
 from s2_kernels.paged.dispatch import prepare_attend, prepare_write
 from s2_kernels.paged.requests import PagedRequests
-from s2_kernels.pattern import S2Pattern
+from s2_kernels.pattern import NO_RESIDUE, S2Pattern
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,10 +38,10 @@ class LayerHeads:
 
     @cached_property
     def launch_kind(self) -> tuple[object, ...] | None:
-        """What the portable kernels are launched by, on a GPU or where they are asked for.
+        """What the kernels are launched by, on a GPU or where the portable ones are asked for.
 
         All else about heads of several kinds is in their tables. So layers with as many full heads, though
-        others, share a step's calls. None for heads that other kernels may take.
+        others, share a step's calls. None for heads of one kind, which one object stands for.
         """
         pattern = self.pattern
         if pattern.kinds is None or self.impl not in (None, "triton"):
@@ -54,8 +54,9 @@ class LayerHeads:
             pattern.sink_blocks,
             pattern.num_heads,
             pattern.num_kv_heads,
-            pattern.num_virtual_heads,
-            max(map(len, pattern.kept_residues)),
+            len(pattern.full_heads),
+            pattern.residues.count(NO_RESIDUE),
+            pattern.most_strided,
         )
 
 
