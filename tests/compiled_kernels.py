@@ -18,25 +18,38 @@ from s2_kernels import hopper, paged
 from s2_kernels.hopper import prefill as hopper_prefill
 from s2_kernels.launch import limits
 from s2_kernels.launch.choice import Impl
+from s2_kernels.layout import TierLayout
 from s2_kernels.paged.requests import PagedRequests
 from s2_kernels.pattern import S2Pattern
 from tests.hopper_sass import HOPPER
 
 BACKEND = make_backend(HOPPER)
-PATTERN = S2Pattern.build(8, 2, local_blocks=4, vert_stride=8)
-LENGTHS = (PATTERN.window_tokens, PATTERN.window_tokens + 1)
+PATTERNS = [
+    S2Pattern.build(8, 4, local_blocks=4, vert_stride=8, full_heads=full_heads)
+    for full_heads in ([], [0], [2], [1, 2, 3])
+]
+LENGTHS = (4 * 64, 4 * 64 + 1)
 
 
-def serve(impl: Impl, num_decodes: int, num_prefills: int, table_width: int, max_seq_len: int) -> None:
+def serve(
+    impl: Impl,
+    pattern: S2Pattern,
+    num_decodes: int,
+    num_prefills: int,
+    table_width: int,
+    max_seq_len: int,
+) -> None:
     """Launch the prefill of a step as the engine does: its requests are the last ones of the step's."""
-    cache = torch.zeros(3, 2, 64, 128, dtype=torch.bfloat16)
+    layout = TierLayout(pattern, 64, 64)
+    cache = torch.zeros(3, 4, 64, 128, dtype=torch.bfloat16)
+    strided_cache = torch.zeros(3, *layout.strided_shape, 128, dtype=torch.bfloat16)
     total = num_decodes + num_prefills
     table = torch.zeros(total, table_width, dtype=torch.int32)[num_decodes:]
     lengths = torch.full((total,), max_seq_len, dtype=torch.int32)[num_decodes:]
     starts = torch.arange(num_prefills + 1, dtype=torch.int32) * 7
     q = torch.zeros(num_decodes + num_prefills * 7, 8, 64, dtype=torch.bfloat16)[num_decodes:]
-    requests = PagedRequests(cache, cache, table, table, starts, lengths)
-    paged.attend(q, requests, PATTERN, 0.125, torch.empty_like(q), max_seq_len=max_seq_len, impl=impl)
+    requests = PagedRequests(cache, strided_cache, table, table, starts, lengths)
+    paged.attend(q, requests, pattern, 0.125, torch.empty_like(q), max_seq_len=max_seq_len, impl=impl)
 
 
 def count_compiled() -> dict[str, int]:
@@ -55,7 +68,7 @@ def count_compiled() -> dict[str, int]:
         patch.object(hopper, "refusal", lambda *_, **__: None),
         patch.object(limits, "refusal", lambda *_, **__: None),
     ):
-        for call in product(("triton", "hopper"), range(5), (1, 2, 16, 17), (1, 16, 33), LENGTHS):
+        for call in product(("triton", "hopper"), PATTERNS, range(5), (1, 2, 16, 17), (1, 16, 33), LENGTHS):
             serve(*call)
     return {name: len(kinds) for name, kinds in compiled.items()}
 

@@ -7,7 +7,7 @@ may follow: evicted window pages, strided pages still inside the window, entries
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
 
@@ -115,6 +115,18 @@ MIXED_GEOMETRIES = [
     ),
 ]
 """Full, streaming and strided heads, and sinks; the last two have plain heads that share pages with such."""
+
+
+def _with_blocks_of_64(geometry: Geometry, head_size: int) -> Geometry:
+    scale = 64 // geometry.pattern.block_size
+    pattern, layout = replace(geometry.pattern, block_size=64), geometry.layout
+    return Geometry(pattern, head_size, scale * layout.page_slots, scale * layout.residue_slots)
+
+
+LONG_MIXED_GEOMETRIES = [_with_blocks_of_64(x, (64, 128)[n % 2]) for n, x in enumerate(MIXED_GEOMETRIES)]
+"""The same in blocks that Hopper's kernel takes."""
+if DEVICE == "cuda":
+    MIXED_GEOMETRIES += LONG_MIXED_GEOMETRIES
 
 
 @dataclass

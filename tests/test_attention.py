@@ -170,6 +170,7 @@ HOPPER_PATTERNS = {
     "ungrouped": S2Pattern.build(4, 4, local_blocks=2, vert_stride=4),
     "kv": S2Pattern.build(8, 2, local_blocks=2, vert_stride=3, head_sliding_offset=1),
     "query": S2Pattern.build(8, 2, local_blocks=1, vert_stride=4, pattern_heads="query"),
+    "kinds": S2Pattern.build(8, 4, local_blocks=2, vert_stride=3, full_heads=[2], sink_blocks=1),
 }
 HOPPER_CASES = [
     pytest.param(pattern, head_size, dtype, id=f"{name}-{head_size}-{DTYPE_NAMES[dtype]}")

@@ -127,31 +127,38 @@ def test_what_the_hopper_kernel_takes_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("heads", "residue_slots", "reason"),
+    ("heads", "page_slots", "residue_slots", "reason"),
     [
-        ({}, 64, None),
-        ({"sink_blocks": 1}, 64, "pattern: sink_blocks: 1, expected a strided set of every head and no more"),
-        ({"full_heads": [1]}, 64, "pattern: full_heads: (1,), expected a strided set"),
-        ({"vert_stride": None}, 64, "pattern: residues: none of some heads, expected a strided set"),
-        ({}, 128, "strided_cache: shape (5, 2, 128, 128), expected pages like those of wind"),
+        ({}, 64, 64, None),
+        ({"sink_blocks": 1}, 64, 64, None),
+        ({"full_heads": [1]}, 64, 64, None),
+        ({"vert_stride": None}, 64, 64, None),
+        ({}, 64, 128, None),
+        ({"sink_blocks": 1}, 96, 64, "window_cache: 96 slots in a page, expected a multiple of 64"),
     ],
-    ids=["plain", "sinks", "full", "streaming", "other-pages"],
+    ids=["plain", "sinks", "full", "streaming", "other-pages", "half-blocks"],
 )
-def test_on_hopper_heads_of_several_kinds_take_the_portable_kernel(
-    heads: dict[str, Any], residue_slots: int, reason: str | None, monkeypatch: pytest.MonkeyPatch
+def test_the_hopper_kernel_takes_heads_of_several_kinds(
+    heads: dict[str, Any],
+    page_slots: int,
+    residue_slots: int,
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Silently, unless the Hopper kernel is asked for."""
     monkeypatch.setattr(hopper, "_is_hopper", lambda device: True)
-    layout = TierLayout(S2Pattern.build(2, 2, **heads), 64, residue_slots)
+    layout = TierLayout(S2Pattern.build(2, 2, **heads), page_slots, residue_slots)
     rows, slots = layout.strided_shape
     requests = PagedRequests(
-        torch.zeros(5, 2, 64, 128, dtype=torch.float16),
+        torch.zeros(5, 2, page_slots, 128, dtype=torch.float16),
         torch.zeros(5, rows, slots, 128, dtype=torch.float16),
         *torch.zeros(2, 1, 4, dtype=torch.int32),
         torch.tensor([0, 3], dtype=torch.int32),
         torch.tensor([3], dtype=torch.int32),
     )
     q = torch.zeros(3, 2, 64, dtype=torch.float16)
-    refusal = dispatch._hopper_refusal(q, requests, layout.pattern)
-    assert refusal == reason if reason is None else (refusal or "").startswith(reason)
-    assert limits.num_kept(layout) == (1 if reason is None else limits.VARYING)
+    assert dispatch._hopper_refusal(q, requests, layout.pattern) == reason
+    assert limits.num_kept(layout) == (1 if layout.is_even else limits.VARYING)
+    if rows:
+        apart = requests._replace(strided_cache=requests.strided_cache.repeat(1, 1, 1, 2)[..., ::2])
+        refusal = dispatch._hopper_refusal(q, apart, layout.pattern) or ""
+        assert refusal.startswith("strided_cache: shape ")

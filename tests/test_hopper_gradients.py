@@ -152,6 +152,16 @@ def test_a_call_is_prepared_once_for_a_layout(monkeypatch: pytest.MonkeyPatch) -
     assert len(prepared) == 4
 
 
+def test_heads_of_several_kinds_are_refused_by_name() -> None:
+    """Their gradients come from the portable kernels; the forward pass may be Hopper's."""
+    pattern = S2Pattern.build(4, 2, sink_blocks=1)
+    spans = packed([(70, 70)])
+    inputs = random_inputs(pattern, 64, spans, torch.float16)
+    q, _, _, _, d_lse = inputs
+    with pytest.raises(ValueError, match=r"^pattern: sink_blocks: 1, expected a strided set of every head"):
+        gradients_by_hopper(inputs, pattern, spans, 0.125, q, d_lse)
+
+
 def test_a_sequence_of_nan_does_not_reach_its_neighbours() -> None:
     """They share blocks of rows, as TMA loads them."""
     pattern, head_size = PATTERNS["kv"]

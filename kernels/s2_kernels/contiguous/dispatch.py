@@ -233,6 +233,8 @@ def _hopper_refusal(
     starts = [end - span.num_queries for end, span in zip(ends, spans, strict=True)]
     if [*starts, q.shape[0] * q.shape[1]] != [0, *ends]:
         return "q: tokens between its sequences, expected one sequence right after the other"
+    if gradients and pattern.kinds is not None:
+        return pattern.kinds
     stored = {"out": out, **gradients}
     for name, tensor in stored.items():
         if not limits.has_contiguous_last_dim(tensor):

@@ -28,8 +28,6 @@ def refusal(pattern: S2Pattern, q: torch.Tensor, **keys_and_values: torch.Tensor
         return f"device: {q.device}, expected a GPU of compute capability 9.0"
     if pattern.block_size != BLOCK_SIZE:
         return f"block_size: {pattern.block_size}, expected {BLOCK_SIZE}"
-    if pattern.kinds is not None:
-        return pattern.kinds
     if q.shape[-1] not in HEAD_SIZES:
         return f"q: head size {q.shape[-1]}, expected one of {HEAD_SIZES}"
     if q.dtype not in DTYPES:

@@ -276,9 +276,14 @@ def _choose_attend(
 def _hopper_refusal(q: torch.Tensor, requests: PagedRequests, pattern: S2Pattern) -> str | None:
     """Why the Hopper kernel does not take heads like these, or caches: the portable one takes all."""
     window, strided = requests.window_cache, requests.strided_cache
-    reason = hopper.refusal(pattern, q, window_cache=window, strided_cache=strided)
-    if reason is None and strided.shape[1:] != window.shape[1:]:
-        reason = f"strided_cache: shape {tuple(strided.shape)}, expected pages like those of window_cache"
+    caches = {"window_cache": window}
+    if pattern.num_virtual_heads:  # streaming heads have no page of the strided tier
+        caches["strided_cache"] = strided
+    reason = hopper.refusal(pattern, q, **caches)
+    if reason is None and window.shape[2] % pattern.block_size:
+        reason = (
+            f"window_cache: {window.shape[2]} slots in a page, expected a multiple of {pattern.block_size}"
+        )
     return reason
 
 
