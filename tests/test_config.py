@@ -539,9 +539,14 @@ def test_headwise_config() -> None:
     }
     # The same heads, of which each has a KV head of its own.
     assert config.layer_patterns(8, 8, LAYERS)[0].full_heads == (3,)
-    assert config.layer_patterns(8, 1, LAYERS)[0].full_heads == (0,)
     with pytest.raises(S2ConfigError, match=r"^headwise_config: layers that differ, expected one pattern"):
         config.pattern(8, 4)
+
+
+def test_headwise_config_of_one_kv_head() -> None:
+    config = find_config({"headwise_config": {"0": [0] * 7 + [1], "1": [0] * 8}}, LAYERS)
+    assert config is not None
+    assert {i: p.full_heads for i, p in config.layer_patterns(8, 1, LAYERS).items()} == {0: (0,), 1: ()}
 
 
 @pytest.mark.parametrize(
