@@ -216,7 +216,7 @@ def test_head_tables_of_a_pattern_written_out() -> None:
     assert tables.rank_of_residue.tolist() == [[-1, 0, -1, 1, -1], [-1, -1, -1, 0, 1]]
 
 
-def test_head_tables_of_heads_of_several_kinds() -> None:
+def test_query_heads_are_sorted_by_their_work() -> None:
     pattern = S2Pattern.build(10, 5, vert_stride=4, head_sliding_step=1, full_heads=[1])
     pattern = replace(pattern, residues=(*pattern.residues[:6], -1, -1, *pattern.residues[8:]))
     tables = head_tables(pattern, torch.device("cpu"))
