@@ -654,7 +654,10 @@ def test_no_strided_tier_where_all_heads_stream() -> None:
 
 def test_a_block_size_for_heads_of_several_kinds() -> None:
     patterns = streaming_patterns(LLAMA_3_1_8B, [()] + [(0, 5)] * 30)
-    assert plan_for(patterns, LLAMA_3_1_8B, block_size=512).dense_block_size == 512
+    for size in (512, 576, 1024):
+        plan = plan_for(patterns, LLAMA_3_1_8B, block_size=size)
+        assert plan.dense_block_size == size
+        assert plan.page_slots % 64 == 0, "whole blocks in the window tier's pages"
     message = r"^block_size: 96, expected a multiple of 64 of at least 64, or none at all$"
     with pytest.raises(S2ConfigError, match=message):
         plan_for(patterns, LLAMA_3_1_8B, block_size=96)
