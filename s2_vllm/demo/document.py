@@ -40,6 +40,14 @@ class Document:
         (first,) = (n for n in range(len(self.tokens)) if self.tokens[n : n + len(told)] == told)
         return range(first, first + len(told))
 
+    def block(self, key: PassKey, block_size: int) -> int:
+        """The block in which the key's number ends."""
+        return self.positions(key)[-1] // block_size
+
+    def num_blocks(self, block_size: int) -> int:
+        """Up to the one that the next token is in."""
+        return len(self.tokens) // block_size + 1
+
 
 def hide(depths: Sequence[float], num_tokens: int, seed: int = 0) -> Document:
     """The beginning of the project's own text, with a pass key told at each of the depths.

@@ -62,17 +62,19 @@ def is_right(key: PassKey, answer: str) -> bool:
 
 def sight(document: Document, key: PassKey, pattern: S2Pattern) -> str:
     """Where a key lies, and which heads see it there from the end of the document."""
-    number = document.positions(key)[-1]
-    block, size = number // pattern.block_size, pattern.block_size
-    heads = ", ".join(map(str, seeing_heads(pattern, block, len(document.tokens) // size + 1)))
-    return f"{key.name}'s is told at token {number:,}, in block {block}, which the end sees with head {heads}"
+    block, num_blocks = document.block(key, pattern.block_size), document.num_blocks(pattern.block_size)
+    heads = ", ".join(map(str, seeing_heads(pattern, block, num_blocks)))
+    return (
+        f"{key.name}'s is told at token {document.positions(key)[-1]:,}, in block {block}, "
+        f"which the end sees with head {heads}"
+    )
 
 
 def _draw(document: Document, pattern: S2Pattern, output: Path) -> None:
     size = pattern.block_size
-    places = {key.name: document.positions(key)[-1] // size for key in document.keys}
+    places = {key.name: document.block(key, size) for key in document.keys}
     pictures = output / "pattern.png", output / "pass-keys.png"
     pattern.draw(pictures[0], num_blocks=32)
-    draw_places(pattern, places, len(document.tokens) // size + 1, pictures[1])
+    draw_places(pattern, places, document.num_blocks(size), pictures[1])
     print(f"Which blocks each head attends to: {pictures[0]}")
     print(f"Where the pass keys lie, and which heads see them: {pictures[1]}")
