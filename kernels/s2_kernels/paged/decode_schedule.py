@@ -112,8 +112,9 @@ def request_ends(
     query_start_loc,
     seq_lens,
     num_requests,
+    first_kept,
     NUM_KV_HEADS: tl.constexpr,
-    NUM_VIRTUAL_HEADS: tl.constexpr,
+    NUM_KEPT: tl.constexpr,
     REQUESTS_PADDED: tl.constexpr,
     SINK_BLOCKS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -121,14 +122,20 @@ def request_ends(
     VERT_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """[REQUESTS_PADDED]: the item after each request's last one. The maximum is the number of items."""
+    """[REQUESTS_PADDED]: the item after each request's last one. The maximum is the number of items.
+
+    Residues that vary are counted in a table, so that layers of all kinds share a compiled kernel.
+    """
     requests = tl.arange(0, REQUESTS_PADDED)
     is_request = requests < num_requests
     starts = tl.load(query_start_loc + requests, mask=is_request, other=0)
     ends = tl.load(query_start_loc + requests + 1, mask=is_request, other=0)
     lengths = tl.load(seq_lens + requests, mask=is_request, other=1)
     per_head, per_residue = item_counts(lengths, SINK_BLOCKS, BLOCK_SIZE, LOCAL_BLOCKS, VERT_STRIDE, BLOCK_N)
-    items = per_head * NUM_KV_HEADS + per_residue * NUM_VIRTUAL_HEADS
+    residues = NUM_KV_HEADS * NUM_KEPT
+    if NUM_KEPT == VARYING:
+        residues = tl.load(first_kept + NUM_KV_HEADS)
+    items = per_head * NUM_KV_HEADS + per_residue * residues
     return tl.cumsum(tl.where(ends > starts, items, 0), 0)
 
 
