@@ -27,6 +27,7 @@ from vllm.v1.kv_cache_interface import KVCacheSpec
 from s2_kernels.layout import make_head_tables
 from s2_vllm import refusals
 from s2_vllm.backend import CacheRows, S2AttentionBackend, StridedPlace
+from s2_vllm.kernel_cache import keep_compiled_kernels
 from s2_vllm.plan import plan_of
 from s2_vllm.specs import STRIDED_SUFFIX, padding_entries, strided_spec, window_spec
 
@@ -92,6 +93,8 @@ class S2Attention(Attention):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if current_platform.is_cuda_alike():
+            keep_compiled_kernels()
         # What else a layer may be given has been found to say nothing, and the backend does not take it.
         given = _by_name(Attention, args, kwargs)
         kwargs = {name: value for name, value in given.items() if name in refusals.PLAIN_ARGUMENTS}

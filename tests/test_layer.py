@@ -98,6 +98,19 @@ def test_sparse_layer(engine_config: VllmConfig, call: str) -> None:
     }
 
 
+@pytest.mark.parametrize("has_gpu", [True, False])
+def test_on_a_gpu_compiled_kernels_are_kept(
+    engine_config: VllmConfig, monkeypatch: pytest.MonkeyPatch, has_gpu: bool
+) -> None:
+    kept = []
+    monkeypatch.setattr(attention, "keep_compiled_kernels", lambda: kept.append(True))
+    monkeypatch.setattr(type(attention.current_platform), "is_cuda_alike", lambda _: has_gpu)
+    Attention(*GEOMETRY, prefix=DENSE)
+    assert not kept
+    Attention(*GEOMETRY, prefix=SPARSE)
+    assert bool(kept) == has_gpu
+
+
 def test_padding_entries(engine_config: VllmConfig) -> None:
     plan = plan_of(engine_config)
     assert plan is not None
