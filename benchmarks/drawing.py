@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from typing import TYPE_CHECKING
 
-from benchmarks.geometries import GEOMETRIES
+from benchmarks.geometries import GEOMETRIES, PRETRAINED, VARIATIONS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = dict(zip(GEOMETRIES, ("#2f6db3", "#f2a03d", "#3a9d5d", "#b5446e", "#6b5ca5"), strict=True))
-"""Of each geometry."""
+_PALETTE = ("#2f6db3", "#f2a03d", "#3a9d5d", "#b5446e", "#6b5ca5", "#8c6d46", "#4fb0c6", "#a3a847", "#777777")
+
+COLORS = dict(zip((*GEOMETRIES, *PRETRAINED, *VARIATIONS), cycle(_PALETTE), strict=False))
+"""Of each geometry; the reference geometries' are their own."""
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -97,16 +97,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def draw_speedup(records: list[Record], op: str, baselines: Sequence[str], title: str) -> Figure:
     """How many times faster than dense attention an operation on one sequence is: a panel per baseline."""
     figure = new_figure(9.6, 3.8)
-    panels = figure.subplots(1, len(baselines), sharey=True)
-    for axes, baseline in zip(panels, baselines, strict=True):
-        for geometry, points in speedups(records, baseline, op).items():
+    found = {baseline: points for baseline in baselines if (points := speedups(records, baseline, op))}
+    panels = figure.subplots(1, max(1, len(found)), sharey=True, squeeze=False)[0]
+    for axes, (baseline, lines) in zip(panels, found.items(), strict=False):
+        for geometry, points in lines.items():
             axes.plot(*zip(*points, strict=True), marker="o", color=COLORS[geometry], label=geometry)
         axes.axhline(1, color="#999999", linewidth=0.8)
         axes.set_title(f"over {BASELINES[baseline]}", fontsize=10, loc="left")
         axes.set_xlabel("tokens")
         log_log(axes, 2)
     panels[0].set_ylabel("times faster")
-    panels[0].legend(fontsize=8)
+    if found:
+        panels[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure
 

@@ -20,7 +20,7 @@ from benchmarks.kernels.check_gradients import check_gradients, expected_gradien
 from benchmarks.kernels.flex import flex_block_mask
 from benchmarks.kernels.inputs import DENSE_PAGE_TOKENS, random_inputs
 from benchmarks.kernels.run import run_case
-from benchmarks.results_file import write_results
+from benchmarks.results_file import REPOSITORY, write_results
 from s2_kernels import dkernel
 from s2_kernels.config import S2Config
 from s2_kernels.pattern import S2Pattern
@@ -430,6 +430,14 @@ def test_plot_draws_both_figures(tmp_path: Path) -> None:
     for name in ("speedup", "roofline"):
         image = (tmp_path / "figures" / f"kernels-gpu-{name}.svg").read_text()
         assert image.startswith("<?xml")
+
+
+def test_the_results_that_are_here_can_be_drawn(tmp_path: Path) -> None:
+    folder = REPOSITORY / "benchmarks" / "results"
+    results = [path for pattern in plot.PATTERNS for path in sorted(folder.glob(pattern))]
+    assert len(results) > len(plot.PATTERNS)
+    assert plot.main([*map(str, results), "--output", str(tmp_path)]) == 0
+    assert len(list(tmp_path.iterdir())) >= len(results)
 
 
 def test_plotted_points() -> None:
