@@ -6,6 +6,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +82,41 @@ def test_kernels() -> None:
         assert table in README
     (copy,) = (r["gbps"] for r in records if r["op"] == "copy")
     assert f"a copy reads and writes {copy / 1000:.2f} TB/s here" in README
+
+
+def test_kernels_of_full_and_streaming_heads() -> None:
+    _, records = load_results(RESULTS / "kernels-mixed-heads-h200.json")
+    assert summary(records).strip() in README
+    _, others = load_results(RESULTS / "kernels-h200.json")
+    here, there = (r["gbps"] for records in (records, others) for r in records if r["op"] == "copy")
+    decodes = [r["gbps"] / there for r in records if r["op"] == "decode" and r["impl"] == "s2"]
+    text = " ".join(README.split())
+    assert f"A copy reached {here / 1000:.2f} TB/s only" in text
+    assert "the decodes have {:.2f}, {:.2f} and {:.2f}".format(*decodes) in text
+
+
+def test_the_engine_of_full_and_streaming_heads() -> None:
+    _, records = load_results(RESULTS / "engine-h200.json")
+    chosen = [r for r in records if r["geometry"] == "llama-3.1-8b-half" and r["prompt_tokens"] > 512]
+
+    def of(variant: str, load: str, tokens: int, name: str) -> Any:
+        (record,) = (
+            r for r in chosen if (r["variant"], r["load"], r["prompt_tokens"]) == (variant, load, tokens)
+        )
+        return record[name]
+
+    def gain(tokens: int, name: str) -> float:
+        return float(of("s2", "pool", tokens, name) / of("dense", "pool", tokens, name))
+
+    sooner = of("dense", "single", 129024, "median_ttft_ms") / of("s2", "single", 129024, "median_ttft_ms")
+    requests = [of(variant, "pool", 129024, "requests") for variant in ("s2", "dense")]
+    rates = ("output_throughput", "decode_output_throughput")
+    longer, shorter = ([gain(tokens, name) for name in rates] for tokens in (129024, 32768))
+    text = " ".join(README.split())
+    assert f"with its first token {sooner:.2f} times sooner" in text
+    assert "{} instead of {}, it gave".format(*requests) in text
+    assert "gave {:.2f} times the tokens per second, {:.2f} times once".format(*longer) in text
+    assert "into reading the prompts, {:.2f} and {:.2f} times".format(*shorter) in text
 
 
 def test_gradients() -> None:
