@@ -54,6 +54,7 @@ def test_a_file_is_held_out_or_not(text: Tokens) -> None:
     parts = [set(texts.read(part, 60)) for part in (True, False)]
     assert not parts[0] & parts[1]
     assert len(text) > 1000
+    assert texts.load(held_out=True, limit=400) is text
 
 
 def test_a_vocabulary_is_made_of_texts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sysconfig
 from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from zlib import crc32
@@ -48,7 +49,10 @@ def read(held_out: bool, limit: int | None = None) -> Iterator[str]:
             yield path.read_text(errors="replace")
 
 
+@cache
 def load(held_out: bool, limit: int | None = None) -> Tokens:
-    """The texts of one part as tokens, one file after the other."""
+    """The texts of one part as tokens, one file after the other; made once, since it takes a while."""
     encodings = load_tokenizer().encode_batch([text + END_OF_TEXT for text in read(held_out, limit)])
-    return np.concatenate([np.array(encoding.ids, dtype=np.uint16) for encoding in encodings])
+    tokens = np.concatenate([np.array(encoding.ids, dtype=np.uint16) for encoding in encodings])
+    tokens.flags.writeable = False
+    return tokens
