@@ -16,7 +16,7 @@ other kinds in the same pages), a page is [virtual heads, residue_slots, 2 * hea
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from s2_kernels.pattern import NO_RESIDUE, S2Pattern
@@ -82,15 +82,13 @@ class TierLayout:
             )
         object.__setattr__(self, "residue_slots", self.page_slots // self.pattern.num_kept)
 
-    @classmethod
-    def of_caches(
-        cls, pattern: S2Pattern, window_cache: torch.Tensor, strided_cache: torch.Tensor
-    ) -> TierLayout:
+    @staticmethod
+    def of_caches(pattern: S2Pattern, window_cache: torch.Tensor, strided_cache: torch.Tensor) -> TierLayout:
         """The layout of caches with pages of these shapes."""
         _, rows, slots = strided_cache.shape[:3]
         virtual_heads = pattern.num_virtual_heads
         residue_slots = rows * slots // virtual_heads if virtual_heads else slots
-        return cls(pattern, window_cache.shape[2], residue_slots)
+        return _layout(pattern, window_cache.shape[2], residue_slots)
 
     @property
     def is_even(self) -> bool:
@@ -147,6 +145,12 @@ class TierLayout:
         row, slot = divmod(slot, self.strided_shape[1])
         first = kv_head if self.is_even else self.pattern.first_virtual_heads[kv_head]
         return page, first + row, slot
+
+
+@lru_cache(maxsize=256)
+def _layout(pattern: S2Pattern, page_slots: int, residue_slots: int) -> TierLayout:
+    """Checked once: an engine asks for its layers' in every step."""
+    return TierLayout(pattern, page_slots, residue_slots)
 
 
 class HeadTables(NamedTuple):

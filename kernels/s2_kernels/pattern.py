@@ -239,7 +239,7 @@ class S2Pattern:
         """Residues of a KV head that has a strided set, 0 where none has one."""
         return max(map(len, self._strided_residues))
 
-    @property
+    @cached_property
     def num_virtual_heads(self) -> int:
         """(KV head, kept residue) pairs: what a strided tier has slots for."""
         return sum(map(len, self.kept_residues))
