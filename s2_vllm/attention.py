@@ -121,11 +121,12 @@ class S2Attention(Attention):
         context = vllm_config.compilation_config.static_forward_context
         context.update({entry.layer_name: entry for entry in self._entries()})
 
-    def _strided_place(self, name: str, vllm_config: VllmConfig) -> StridedPlace | None:
+    def _strided_place(self, name: str, vllm_config: VllmConfig) -> StridedPlace:
         """Where this layer's strided tier is, by its own name or its leader's."""
         place = self.plan.strided_place(self.index, self.rank)
         if place is None:
-            return None
+            slots = self.plan.layout_of(self.index, self.rank).residue_slots
+            return StridedPlace(None, CacheRows(0, 0, (0, slots)))
         if place.leader != self.index:
             name = _name_of(self.plan.sparse_layers[place.leader], vllm_config)
         size, shape = self.plan.strided_rows(self.index, self.rank)
@@ -195,8 +196,8 @@ class S2Attention(Attention):
         Args:
             kv_cache: the pages of an entry, which may be bound before those of the strided tier.
         """
-        if self.impl.strided is None:
-            return self.kv_cache.narrow(1, 0, 0)
+        if self.impl.strided.entry is None:
+            return self.impl.strided.rows.of(self.kv_cache)
         pages = kv_cache.view(len(kv_cache), *self.plan.strided_shape, kv_cache.shape[-1])
         return self.impl.strided.rows.of(pages)
 

@@ -51,11 +51,12 @@ class StridedPlace(NamedTuple):
     """Where a layer's strided tier is.
 
     Attributes:
-        entry: the name of the entry that owns its pages.
-        rows: the layer's own of them.
+        entry: the name of the entry that owns its pages; None for a layer of streaming heads alone.
+        rows: the layer's own of them; that layer has none of its window tier's, but as many slots in a row as
+            the other layers, whose compiled kernels it can share.
     """
 
-    entry: str
+    entry: str | None
     rows: CacheRows
 
 
@@ -181,7 +182,7 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
     Args:
         pattern: the pattern of this rank's heads.
         window: this layer's rows of its window tier's entry.
-        strided: its strided tier, None for a layer of streaming heads alone.
+        strided: its strided tier.
         impl: the kernels to run; None for the fastest that take a call.
         others: as every vLLM attention implementation has them.
     """
@@ -201,7 +202,7 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
         *,
         pattern: S2Pattern,
         window: CacheRows,
-        strided: StridedPlace | None,
+        strided: StridedPlace,
         impl: Impl | None = None,
     ) -> None:
         self.num_heads = num_heads
@@ -274,17 +275,15 @@ class S2AttentionImpl(AttentionImpl[S2Metadata]):
         assert output_block_scale is None
         if attn_metadata is None:
             return output.zero_()
-        if self.strided is None:
-            strided, strided_cache = attn_metadata, kv_cache.narrow(1, 0, 0)
-        else:
+        strided, strided_entry = attn_metadata, kv_cache
+        if self.strided.entry is not None:
             strided, _, strided_entry, _ = get_attention_context(self.strided.entry)
-            strided_cache = self.strided.rows.of(strided_entry)
         attn_metadata.step_with(strided).run_layer(
             query,
             key,
             value,
             kv_cache,
-            strided_cache,
+            self.strided.rows.of(strided_entry),
             output,
             self.heads,
             self._own_tables(query.device),

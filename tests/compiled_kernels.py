@@ -26,8 +26,8 @@ from tests.hopper_sass import HOPPER
 
 BACKEND = make_backend(HOPPER)
 PATTERNS = [
-    S2Pattern.build(8, 4, local_blocks=4, vert_stride=8, full_heads=full_heads)
-    for full_heads in ([], [0], [2], [1, 2, 3])
+    S2Pattern.build(8, 4, local_blocks=4, vert_stride=vert_stride, full_heads=full_heads)
+    for vert_stride, full_heads in [(8, []), (8, [0]), (8, [2]), (8, [1, 2, 3]), (None, []), (None, [1])]
 ]
 LENGTHS = (4 * 64, 4 * 64 + 1)
 DECODES = (65, 100, decode.MIN_REQUESTS_PADDED)

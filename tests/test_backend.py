@@ -46,6 +46,8 @@ BATCHES = {
 }
 # Of the other layers of the KV cache entry that the layer shares.
 OTHER_ROWS = 4
+# Of the strided tier: a layer of streaming heads alone has none, in rows of a block each.
+NO_ROWS = CacheRows(0, 0, (0, 16))
 
 
 def metadata(batch: PagedBatch, block_table: torch.Tensor, slot_mapping: torch.Tensor) -> S2Metadata:
@@ -83,7 +85,7 @@ def make_impl(
         "auto",
         pattern=pattern,
         window=rows,
-        strided=StridedPlace(STRIDED, strided) if strided.size else None,
+        strided=StridedPlace(None if strided is NO_ROWS else STRIDED, strided),
         impl=impl,
     )
 
@@ -102,7 +104,7 @@ def run_layer(batch: PagedBatch, impl: Impl | None, out: torch.Tensor) -> None:
     entry = batch.strided_cache.new_full(
         (len(batch.strided_cache), OTHER_ROWS + count, slots, 2 * head_size), torch.nan
     )
-    rows = CacheRows(OTHER_ROWS, count, None if shape == (count, slots) else shape)
+    rows = CacheRows(OTHER_ROWS, count, None if shape == (count, slots) else shape) if count else NO_ROWS
     rows.of(entry).copy_(batch.strided_cache)
     attention = make_impl(pattern, impl, rows, batch.scale)
     requests = batch.requests
