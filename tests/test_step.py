@@ -152,6 +152,22 @@ def test_layers_with_as_many_full_heads(impl: Impl, prepared: int) -> None:
     assert len(step._prepared) == prepared
 
 
+@pytest.mark.parametrize(("impl", "prepared"), [("triton", 1), ("torch", 3), ("reference", 3)])
+def test_layers_with_other_numbers_of_full_heads(impl: Impl, prepared: int) -> None:
+    """They share what writes and decodes, and have prefills of their own."""
+    patterns = [
+        S2Pattern.build(6, 3, block_size=16, local_blocks=2, vert_stride=4, full_heads=full_heads)
+        for full_heads in ([1], [0, 2], [0, 1])
+    ]
+    # The window tier's rows fill a page, as in a server all tiers' do.
+    layers = [build_batch(Geometry(p, page_slots=64, residue_slots=16), REQUESTS) for p in patterns]
+    step = step_of(layers[0])
+    for layer in layers:
+        layer.check(run(step, layer, LayerHeads(layer.pattern, layer.scale, impl)))
+    assert len(step._first) == prepared
+    assert len(step._prepared) == (2 if impl == "triton" else 3)
+
+
 LAUNCHED_BY: list[tuple[dict[str, Any], float]] = [
     ({}, 0.5),
     ({}, 0.25),
@@ -175,6 +191,28 @@ def test_what_layers_must_have_in_common_to_share_their_calls() -> None:
     assert len(set(kinds)) == len(LAUNCHED_BY)
     assert None not in kinds
     assert LayerHeads(PATTERN, 0.5, None).launch_kind is None
+
+
+def test_what_writes_and_decodes_are_launched_by() -> None:
+    def kind(scale: float = 0.5, **change: Any) -> tuple[object, ...] | None:
+        arguments = {"num_heads": 6, "num_kv_heads": 3, "block_size": 16, "vert_stride": 4, "local_blocks": 2}
+        pattern = S2Pattern.build(**{**arguments, "full_heads": [0], **change})
+        return LayerHeads(pattern, scale, None).table_kind
+
+    assert kind() == kind(full_heads=[1, 2])
+    others = [
+        {"vert_stride": None},
+        {"vert_stride": 5},
+        {"sink_blocks": 1, "full_heads": []},
+        {"sink_blocks": 1},
+        {"block_size": 32},
+        {"local_blocks": 3},
+        {"num_heads": 12},
+        {"num_heads": 12, "num_kv_heads": 6},
+        {"scale": 0.25},
+    ]
+    assert len({kind(), *(kind(**other) for other in others)}) == 1 + len(others)
+    assert LayerHeads(PATTERN, 0.5, None).table_kind is None
 
 
 def test_layers_share_their_calls_by_how_many_heads_of_a_kind_they_have() -> None:

@@ -43,6 +43,19 @@ class LayerHeads:
         All else about heads of several kinds is in their tables. So layers with as many full heads, though
         others, share a step's calls. None for heads of one kind, which one object stands for.
         """
+        if self.table_kind is None:
+            return None
+        pattern = self.pattern
+        return (
+            *self.table_kind,
+            len(pattern.full_heads),
+            pattern.residues.count(NO_RESIDUE),
+            pattern.most_strided,
+        )
+
+    @cached_property
+    def table_kind(self) -> tuple[object, ...] | None:
+        """What writes and decodes are launched by, likewise: how many heads are of a kind is not in it."""
         pattern = self.pattern
         if pattern.kinds is None or self.impl not in (None, "triton"):
             return None
@@ -54,15 +67,17 @@ class LayerHeads:
             pattern.sink_blocks,
             pattern.num_heads,
             pattern.num_kv_heads,
-            len(pattern.full_heads),
-            pattern.residues.count(NO_RESIDUE),
-            pattern.most_strided,
+            max(1, *map(len, pattern.kept_residues)),
         )
 
 
-class _Prepared(NamedTuple):
+class _WriteAndDecodes(NamedTuple):
     write: WriteCall
     decodes: AttendCall | None
+
+
+class _Prepared(NamedTuple):
+    first: _WriteAndDecodes
     others: AttendCall | None
 
 
@@ -102,6 +117,7 @@ class PagedStep:
         self._decode_tokens = num_decode_tokens
         self._max_seq_len = max_seq_len
         self._prepared: dict[tuple[object, ...], _Prepared] = {}
+        self._first: dict[tuple[object, ...], _WriteAndDecodes] = {}
 
     def run_layer(
         self,
@@ -130,20 +146,27 @@ class PagedStep:
             ValueError: as `s2_kernels.paged.write` and `attend`.
         """
         tensors = (q, key, value, window_cache, strided_cache, out)
-        by_launch = heads.launch_kind if q.is_cuda or heads.impl == "triton" else None
+        is_launched = q.is_cuda or heads.impl == "triton"
+        by_launch = heads.launch_kind if is_launched else None
         kind = (heads if by_launch is None else by_launch, *map(_likeness, tensors))
         prepared = self._prepared.get(kind)
         if prepared is None:
-            prepared = self._prepare(*tensors, heads, tables)
-            self._prepared[kind] = prepared
-        prepared.write(key, value, window_cache, strided_cache, tables)
-        if prepared.decodes is not None:
-            prepared.decodes(q, window_cache, strided_cache, out, tables)
+            by_tables = heads.table_kind if is_launched else None
+            of_tensors = *map(_likeness, (q, key, value, window_cache, out)), _row_likeness(strided_cache)
+            first = kind if by_tables is None else (by_tables, *of_tensors)
+            if first not in self._first:
+                self._first[first] = self._prepare_first(*tensors, heads, tables)
+            others = self._prepare_others(q, window_cache, strided_cache, out, heads, tables)
+            prepared = self._prepared[kind] = _Prepared(self._first[first], others)
+        write, decodes = prepared.first
+        write(key, value, window_cache, strided_cache, tables)
+        if decodes is not None:
+            decodes(q, window_cache, strided_cache, out, tables)
         if prepared.others is not None:
             rows = slice(self._decode_tokens, self._tokens)
             prepared.others(q[rows], window_cache, strided_cache, out[rows], tables)
 
-    def _prepare(
+    def _prepare_first(
         self,
         q: torch.Tensor,
         key: torch.Tensor,
@@ -153,46 +176,64 @@ class PagedStep:
         out: torch.Tensor,
         heads: LayerHeads,
         tables: HeadTables,
-    ) -> _Prepared:
-        caches = (window_cache, strided_cache)
+    ) -> _WriteAndDecodes:
         write = prepare_write(
             key[: self._tokens],
             value[: self._tokens],
-            *caches,
+            window_cache,
+            strided_cache,
             *self._slots,
             heads.pattern,
             tables=tables,
             impl=heads.impl,
         )
-        requests = PagedRequests(*caches, *self._tables, *self._lengths)
-        decodes = others = None
-        if self._decodes:
-            decodes = prepare_attend(
-                q[: self._decode_tokens],
-                requests.first(self._decodes),
-                heads.pattern,
-                heads.scale,
-                out[: self._decode_tokens],
-                max_query_len=1,
-                tables=tables,
-                impl=heads.impl,
-            )
-        if self._decodes < len(requests.seq_lens):
-            rows = slice(self._decode_tokens, self._tokens)
-            query_start_loc = requests.query_start_loc[self._decodes :] - self._decode_tokens
-            others = prepare_attend(
-                q[rows],
-                requests.after(self._decodes, query_start_loc),
-                heads.pattern,
-                heads.scale,
-                out[rows],
-                max_seq_len=self._max_seq_len,
-                tables=tables,
-                impl=heads.impl,
-            )
-        return _Prepared(write, decodes, others)
+        if not self._decodes:
+            return _WriteAndDecodes(write, None)
+        requests = PagedRequests(window_cache, strided_cache, *self._tables, *self._lengths)
+        decodes = prepare_attend(
+            q[: self._decode_tokens],
+            requests.first(self._decodes),
+            heads.pattern,
+            heads.scale,
+            out[: self._decode_tokens],
+            max_query_len=1,
+            tables=tables,
+            impl=heads.impl,
+        )
+        return _WriteAndDecodes(write, decodes)
+
+    def _prepare_others(
+        self,
+        q: torch.Tensor,
+        window_cache: torch.Tensor,
+        strided_cache: torch.Tensor,
+        out: torch.Tensor,
+        heads: LayerHeads,
+        tables: HeadTables,
+    ) -> AttendCall | None:
+        requests = PagedRequests(window_cache, strided_cache, *self._tables, *self._lengths)
+        if self._decodes == len(requests.seq_lens):
+            return None
+        rows = slice(self._decode_tokens, self._tokens)
+        query_start_loc = requests.query_start_loc[self._decodes :] - self._decode_tokens
+        return prepare_attend(
+            q[rows],
+            requests.after(self._decodes, query_start_loc),
+            heads.pattern,
+            heads.scale,
+            out[rows],
+            max_seq_len=self._max_seq_len,
+            tables=tables,
+            impl=heads.impl,
+        )
 
 
 def _likeness(tensor: torch.Tensor) -> tuple[object, ...]:
     """What tensors of prepared calls must have in common; Triton compiles for an alignment to 16 bytes."""
     return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16
+
+
+def _row_likeness(cache: torch.Tensor) -> tuple[object, ...]:
+    """The same of caches with any number of rows in a page."""
+    pages, _, slots, columns = cache.shape
+    return pages, slots, columns, cache.stride(), cache.dtype, cache.data_ptr() % 16
