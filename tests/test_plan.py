@@ -615,6 +615,59 @@ def test_dense_layers_beside_heads_of_several_kinds(num_dense: int) -> None:
     assert len(cache_groups(cache_specs(plan))) == plan.total_groups
 
 
+@pytest.mark.parametrize(
+    ("heads", "dense", "stride", "full", "groups", "per_entry", "slots", "hits"),
+    [
+        pytest.param(4, 2, 8, (3, 1), 3, 1, 448, 3584, id="fewer-bytes-before-finer-hits"),
+        pytest.param(4, 1, None, (3, 2, 3, 4, 0, 1), 6, 2, 64, 128, id="a-twentieth-more-bytes-at-most"),
+        pytest.param(2, 7, None, (1, 0, 0), 6, 2, 64, 256, id="eight-groups-at-most"),
+        pytest.param(1, 1, 8, (1, 0), 3, 2, 512, 1024, id="fewer-groups-before-hits-finer-than-1024"),
+        pytest.param(4, 2, None, (2, 3, 2, 0, 3), 4, 5, 64, 640, id="hits-of-1024-before-fewer-groups"),
+        pytest.param(2, 0, 3, (1, 2, 2, 1, 0), 2, 3, 64, 192, id="finer-hits-of-as-few-groups"),
+        pytest.param(1, 0, 4, (0, 1, 1, 1, 1, 0, 1, 0, 1), 2, 9, 64, 256, id="smaller-blocks-last"),
+    ],
+)
+def test_what_comes_first_of_several_kinds(
+    heads: int,
+    dense: int,
+    stride: int | None,
+    full: tuple[int, ...],
+    groups: int,
+    per_entry: int,
+    slots: int,
+    hits: int,
+) -> None:
+    """`full` heads of each sparse layer, the others of `stride` or streaming."""
+    patterns = {
+        layer: S2Pattern.build(
+            heads, heads, local_blocks=4, vert_stride=stride, sink_blocks=1, full_heads=range(count)
+        )
+        for layer, count in enumerate(full, start=dense)
+    }
+    plan = plan_for(patterns, ModelGeometry(dense + len(full), heads, heads, 64, 2))
+    assert (plan.total_groups, plan.layers_per_entry) == (groups, per_entry)
+    assert (plan.page_slots, plan.hit_alignment) == (slots, hits)
+
+
+def test_shapes_of_pages_that_are_looked_at() -> None:
+    """One row in one layer, of the only KV head: any number of rows that a page may have has room for it."""
+    patterns = {
+        layer: S2Pattern.build(1, 1, vert_stride=None, full_heads=[0] if layer == 0 else [])
+        for layer in range(16)
+    }
+    found = set()
+    for plan in mixed_plans(patterns, (), ModelGeometry(16, 1, 1, 64, 2), 1, None):
+        assert plan.strided is not None
+        found.add((plan.layers_per_entry, plan.page_slots // 64, plan.strided.page_tokens // 64))
+    assert found == {
+        (per_entry, blocks, super_blocks)
+        for per_entry in range(1, 18)
+        for blocks in (1, 2, 4, 8)
+        for super_blocks in range(1, 17)
+        if per_entry * blocks % super_blocks == 0
+    }
+
+
 def test_places_and_shapes_written_out() -> None:
     """Of 4 KV heads on 2 ranks: 2 and 1 full ones in layer 0, 4 strided ones in layer 1, none in layer 2.
 
@@ -652,15 +705,33 @@ def test_no_strided_tier_where_all_heads_stream() -> None:
     assert plan.total_groups == len(cache_groups(cache_specs(plan))) == 1
 
 
+def test_a_block_size_that_leaves_one_plan() -> None:
+    plan = plan_for(streaming_patterns(LLAMA_3_1_8B, [()] * 32), LLAMA_3_1_8B, block_size=64)
+    assert (plan.page_slots, plan.layers_per_entry, plan.total_groups) == (64, 1, 1)
+
+
+@pytest.mark.parametrize(("num_dense", "per_entry"), [(2, 15), (10, 3), (20, 1), (31, 1)])
+def test_streaming_heads_beside_dense_layers(num_dense: int, per_entry: int) -> None:
+    """The window tier's entries are as many as the dense layers, some of them of no layer if need be."""
+    patterns = streaming_patterns(LLAMA_3_1_8B, [()] * 32)
+    plan = plan_for({layer: patterns[layer] for layer in range(num_dense, 32)}, LLAMA_3_1_8B)
+    assert (plan.total_groups, plan.layers_per_entry) == (2, per_entry)
+    assert plan.tiers[0].num_entries == num_dense
+
+
 def test_a_block_size_for_heads_of_several_kinds() -> None:
     patterns = streaming_patterns(LLAMA_3_1_8B, [()] + [(0, 5)] * 30)
-    for size in (512, 576, 1024):
+    for size, layers in ((512, 8), (576, 9), (1024, 16)):
         plan = plan_for(patterns, LLAMA_3_1_8B, block_size=size)
         assert plan.dense_block_size == size
+        assert plan.layers_per_entry == layers
         assert plan.page_slots % 64 == 0, "whole blocks in the window tier's pages"
     message = r"^block_size: 96, expected a multiple of 64 of at least 64, or none at all$"
     with pytest.raises(S2ConfigError, match=message):
         plan_for(patterns, LLAMA_3_1_8B, block_size=96)
+    small = {0: S2Pattern.build(32, 8, block_size=16, vert_stride=None)}
+    with pytest.raises(S2ConfigError, match=r"^block_size: 48, expected a multiple of 32 of at least 32, "):
+        plan_for(small, LLAMA_3_1_8B, block_size=48)
     full = {layer: S2Pattern.build(32, 8, full_heads=range(7)) for layer in range(31)}
     message = r"^block_size: 64, expected a multiple of 64 of at least 512, or none at all$"
     with pytest.raises(S2ConfigError, match=message):
