@@ -251,6 +251,13 @@ def test_shards_keep_their_kinds(arguments: dict[str, Any], size: int) -> None:
     assert torch.equal(torch.cat(shards), pattern.block_mask(12))
 
 
+def test_virtual_heads_are_the_kept_residues_of_one_head_after_the_other() -> None:
+    pattern = S2Pattern(64, 1, 3, (-1, -1, 1, -1), 4, full_heads=(0,))
+    assert pattern.kept_residues == ((0, 1, 2), (), (1,), ())
+    assert pattern.num_virtual_heads == 4
+    assert pattern.first_virtual_heads == (0, 3, 3, 4)
+
+
 def test_a_rank_may_have_no_strided_set() -> None:
     pattern = S2Pattern.build(4, 4, vert_stride=3, sink_blocks=1, full_heads=[2, 3])
     assert pattern.shard(1, 2) == S2Pattern(64, 16, 1, (-1, -1), 2, 1, (0, 1))

@@ -694,14 +694,47 @@ def test_places_and_shapes_written_out() -> None:
     assert (plan.window_tokens, plan.sink_pages, plan.num_incomplete_layers) == (192, 1, 1)
     assert plan.heads == {"full": 3, "streaming": 4, "strided": 5}
     assert plan.rank_padding == Fraction(10 * 2, 18) - 1
-    assert plan.tiers[1] == Tier("strided", 2, 1, 512, 12, 128)
+    assert plan.tiers[:2] == (Tier("window", 3, 1, 256, 6, 256), Tier("strided", 2, 1, 512, 12, 128))
     assert plan.padding_of(plan.tiers[1]) == Fraction(12, 9) - 1
+
+
+@pytest.mark.parametrize(("sinks", "slots", "pages"), [(0, 64, 0), (1, 256, 1), (3, 64, 3), (3, 128, 2)])
+def test_pages_that_hold_sinks(sinks: int, slots: int, pages: int) -> None:
+    pattern = S2Pattern.build(4, 4, vert_stride=None, sink_blocks=sinks)
+    plan = CachePlan(ModelGeometry(1, 4, 4, 64, 2), (pattern,), (0,), (), 1, slots, 1, None)
+    assert plan.sink_pages == pages
+
+
+def test_what_layers_store_on_average() -> None:
+    """One all of it and a window of 3 blocks, the other the window and a sink, and a dense one all of it."""
+    full = S2Pattern.build(4, 4, local_blocks=4, vert_stride=None, full_heads=range(4))
+    streaming = S2Pattern.build(4, 4, local_blocks=4, vert_stride=None, sink_blocks=1)
+    plan = plan_for({0: full, 1: streaming}, ModelGeometry(3, 4, 4, 64, 2), 2)
+    sparse = 6400 + 3 * 64 + 4 * 64
+    assert plan.stored_fraction(6400) == pytest.approx(sparse / 6400 / 2)
+    # On each of two ranks: K and V of two heads of 64 elements, 2 bytes each.
+    assert plan.needed_bytes_per_request(6400) == pytest.approx((sparse + 6400) * 2 * 2 * 64 * 2)
+
+
+@pytest.mark.parametrize(
+    ("strides", "is_mixed"), [([8], False), ([8, 8], False), ([8, 4], True), ([None, None], True)]
+)
+def test_layers_that_are_mixed(strides: list[int | None], is_mixed: bool) -> None:
+    patterns = {i: S2Pattern.build(4, 4, vert_stride=stride) for i, stride in enumerate(strides)}
+    plan = plan_for(patterns, ModelGeometry(len(strides), 4, 4, 64, 2))
+    assert plan.is_mixed == is_mixed
 
 
 def test_no_strided_tier_where_all_heads_stream() -> None:
     plan = plan_for(streaming_patterns(LLAMA_3_1_8B, [()] * 32), LLAMA_3_1_8B)
     assert [tier.name for tier in plan.tiers] == ["window"]
     assert plan.strided_place(0, 0) is None
+    assert plan.layout_of(0, 0).page_slots == plan.page_slots
+    assert plan.rank_padding == 0
+    with pytest.raises(AssertionError, match=r"^a model without a strided tier$"):
+        _ = plan.strided_shape
+    with pytest.raises(AssertionError, match=r"^a model without a strided tier$"):
+        plan.strided_rows(0, 0)
     assert plan.total_groups == len(cache_groups(cache_specs(plan))) == 1
 
 
