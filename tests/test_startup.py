@@ -259,6 +259,21 @@ def test_heads_of_several_kinds_are_reported(report: list[str], ranks: int) -> N
     assert line.endswith(" In 2 sparse layers some old blocks are in no head's set.")
 
 
+def test_what_is_reported_of_other_ranks_and_of_a_single_layer(report: list[str]) -> None:
+    """All of rank 0's heads of layer 0 are full, none of rank 1; without sinks."""
+    patterns = {
+        0: S2Pattern.build(4, 4, local_blocks=4, vert_stride=None, full_heads=[0, 1]),
+        1: S2Pattern.build(4, 4, local_blocks=4, vert_stride=None),
+    }
+    plan = plan_for(patterns, ModelGeometry(2, 4, 4, 128, DTYPE.itemsize), 2)
+    check(plan, cache_specs(plan))
+    (line,) = report
+    assert "; KV heads of the sparse layers: 2 full, 6 streaming, 0 strided; tiers: window (" in line
+    shares = [f"{tier.name} {float(plan.padding_of(tier)):.1%}" for tier in plan.tiers]
+    assert f" KV cache groups, padding {', '.join(shares)} (for less full ranks 100.0%); " in line
+    assert line.endswith(" if all were dense. In 1 sparse layers some old blocks are in no head's set.")
+
+
 def test_that_no_head_sees_old_blocks_is_reported(report: list[str]) -> None:
     pattern = S2Pattern.build(4, 4, local_blocks=4, vert_stride=None, sink_blocks=1)
     plan = plan_for({0: pattern, 1: pattern}, ModelGeometry(2, 4, 4, 128, DTYPE.itemsize))
@@ -278,9 +293,11 @@ def test_a_window_without_its_sinks() -> None:
         else spec
         for name, spec in cache_specs(plan).items()
     }
-    with pytest.raises(
-        RuntimeError, match="vLLM made it a SlidingWindowSpec, expected one that keeps the fi"
-    ):
+    message = (
+        "KV cache group of the window tier: vLLM made it a SlidingWindowSpec, expected one that keeps the "
+        "first 1 pages of a sequence"
+    )
+    with pytest.raises(RuntimeError, match=f"^{message}$"):
         check(plan, specs)
 
 
