@@ -607,17 +607,50 @@ def test_heads_of_several_kinds() -> None:
         0: S2Pattern(64, 4, 2, (-1, -1, 1, -1), 4, 1, (0, 1)),
         1: S2Pattern.build(4, 4, vert_stride=None, **window),
     }
-    plan = plan_for(patterns, ModelGeometry(2, 4, 4, 128, 2))
+    plan = plan_for(patterns, ModelGeometry(2, 4, 4, 128, 2), 2)
     facts = describe(plan, 4096, GIB, 512)
     assert facts["heads"] == {"full": 2, "streaming": 5, "strided": 1}
     assert (facts["residues"], facts["vert_stride"]) == (None, None)
-    assert [pattern["layers"] for pattern in facts["patterns"]] == [[0], [1]]
-    assert facts["patterns"][0]["residues"] == ((0, 1), (0, 1), (1,), ())
+    assert (facts["mixed"], facts["sink_blocks"]) == (True, 1)
+    assert facts["patterns"] == [
+        {
+            "layers": [0],
+            "block_size": 64,
+            "local_blocks": 4,
+            "vert_stride": 2,
+            "residues": ((0, 1), (0, 1), (1,), ()),
+            "full_heads": (0, 1),
+            "sink_blocks": 1,
+        },
+        {
+            "layers": [1],
+            "block_size": 64,
+            "local_blocks": 4,
+            "vert_stride": 1,
+            "residues": ((),) * 4,
+            "full_heads": (),
+            "sink_blocks": 1,
+        },
+    ]
+    assert (facts["union_complete"], facts["layers_not_union_complete"]) == (False, 1)
+    # Rank 0 has both full heads, four rows of five, rank 1 the strided one.
+    assert facts["padding_by_tier"] == {"window": 0, "strided": pytest.approx(2 * 4 / 5 - 1)}
+    assert facts["padding_for_ranks"] == pytest.approx(2 * 4 / 5 - 1)
     lines = cli._table(facts).splitlines()
     assert "KV heads                2 full, 5 streaming, 1 strided in 2 sparse layers" in lines
     assert "sinks                   1 x 64 tokens" in lines
-    assert any(line.startswith("padding by tier         window 0.0%, strided ") for line in lines)
+    assert "padding by tier         window 0.0%, strided 60.0%; for less full ranks 60.0%" in lines
     assert "old blocks              some in NO head's set, in 1 of 2 sparse layers" in lines
+
+
+def test_streaming_heads_alone() -> None:
+    pattern = S2Pattern.build(4, 4, vert_stride=None, sink_blocks=2)
+    plan = plan_for({0: pattern}, ModelGeometry(1, 4, 4, 128, 2))
+    lines = cli._table(describe(plan, 4096, GIB, 512)).splitlines()
+    assert "KV heads                0 full, 4 streaming, 0 strided in 1 sparse layers" in lines
+    assert "sinks                   2 x 64 tokens" in lines
+    assert "padding by tier         window 0.0%; for less full ranks 0.0%" in lines
+    assert "old blocks              some in NO head's set" in lines
 
 
 def test_residues_of_query_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
