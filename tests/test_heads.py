@@ -140,7 +140,8 @@ def test_no_config_is_overwritten(scores: Path, model: Path, capsys: pytest.Capt
     expected = f"--output: {model} has a config.json, expected a folder without one"
     assert error(capsys, scores, "--model", model, "-o", model) == expected
     assert (model / "config.json").read_text() == before
-    assert error(capsys, scores, "-o", model).startswith("--model: missing, expected the model whose")
+    expected = "--model: missing, expected the model whose config.json --output is to copy"
+    assert error(capsys, scores, "-o", model) == expected
 
 
 @pytest.mark.parametrize(
@@ -183,18 +184,22 @@ def test_more_sinks_than_the_window_has(scores: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    "option",
+    ("option", "expected"),
     [
-        *(f"--sparsity={share}" for share in ("0", "1", "-1", "nan", "half")),
-        *("--sink=-1", "--sink=x", "--recent=0"),
+        *(
+            (f"--sparsity={share}", "a number between 0 and 1, neither of them")
+            for share in ("0", "1", "-1", "nan", "half")
+        ),
+        *((f"--sink={tokens}", "a number of tokens") for tokens in ("-1", "x")),
+        ("--recent=0", "a positive integer"),
     ],
 )
-def test_wrong_options(option: str, scores: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options(option: str, expected: str, scores: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_info:
         main(["heads", str(scores), option])
     assert exit_info.value.code == 2
     name, value = option.split("=")
-    assert f"{name}: {value!r}, expected " in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(f"{name}: {value!r}, expected {expected}\n")
 
 
 def test_never_imports_vllm(scores: Path) -> None:
