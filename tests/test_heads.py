@@ -135,6 +135,16 @@ def test_a_copied_config(
     assert config == S2Config.parse(PATTERN, 3)
 
 
+def test_a_text_part_with_a_pattern_of_its_own(
+    scores: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = Geometry(3, 4, 2).hf_config(sparse=False) | {"headwise_config": {"0": [0]}}
+    nested = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": text}
+    nested["vision_config"] = {"model_type": "clip_vision_model"}
+    (model / "config.json").write_text(json.dumps(nested))
+    assert "headwise_config" in error(capsys, scores, "--model", model)
+
+
 def test_no_config_is_overwritten(scores: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = (model / "config.json").read_text()
     expected = f"--output: {model} has a config.json, expected a folder without one"
