@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_PALETTE = ("#2f6db3", "#f2a03d", "#3a9d5d", "#b5446e", "#6b5ca5", "#8c6d46", "#4fb0c6", "#a3a847", "#777777")
-
-COLORS = dict(zip((*GEOMETRIES, *PRETRAINED, *VARIATIONS), cycle(_PALETTE), strict=False))
-"""Of each geometry; the reference geometries' are their own."""
+COLORS = dict(zip(GEOMETRIES, ("#2f6db3", "#f2a03d", "#3a9d5d", "#b5446e", "#6b5ca5"), strict=True))
+"""Of each geometry; the reference geometries' are their own, the others share some."""
+# The colours have no end.
+COLORS |= zip((*PRETRAINED, *VARIATIONS), cycle(("#8c6d46", "#4fb0c6", "#a3a847", "#777777")), strict=False)
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -97,9 +97,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def draw_speedup(records: list[Record], op: str, baselines: Sequence[str], title: str) -> Figure:
     """How many times faster than dense attention an operation on one sequence is: a panel per baseline."""
     figure = new_figure(9.6, 3.8)
-    found = {baseline: points for baseline in baselines if (points := speedups(records, baseline, op))}
-    panels = figure.subplots(1, max(1, len(found)), sharey=True, squeeze=False)[0]
-    for axes, (baseline, lines) in zip(panels, found.items(), strict=False):
+    timed = {baseline: points for baseline in baselines if (points := speedups(records, baseline, op))}
+    shown = timed or {baselines[0]: {}}
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, (baseline, lines) in zip(panels, shown.items(), strict=True):
         for geometry, points in lines.items():
             axes.plot(*zip(*points, strict=True), marker="o", color=COLORS[geometry], label=geometry)
         axes.axhline(1, color="#999999", linewidth=0.8)
@@ -107,7 +108,7 @@ def draw_speedup(records: list[Record], op: str, baselines: Sequence[str], title
         axes.set_xlabel("tokens")
         log_log(axes, 2)
     panels[0].set_ylabel("times faster")
-    if found:
+    if timed:
         panels[0].legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure

@@ -226,7 +226,10 @@ def test_a_traced_graph_keeps_its_mask() -> None:
     q, k, v = (x.detach() for x in batch(1, 40, 40))
     mask = block_mask(random_causal_mask(1, 3, 0.5), 16)
     expected, handle = s2_attention(q, k, v, mask), mask.handle
-    call = lambda q, k, v: torch.ops.s2.attention(q, k, v, None, handle, None, None)[0]  # noqa: E731
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
+        return torch.ops.s2.attention(q, k, v, None, handle, None, None)[0]
+
     graph = make_fx(call, tracing_mode="fake")(q, k, v)
     del mask
     gc.collect()
@@ -245,7 +248,10 @@ def test_a_mask_may_go_before_its_gradient_is_asked_for() -> None:
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_activation_checkpointing(use_reentrant: bool) -> None:
     inputs = batch(1, 40, 40)
-    block = lambda q, k, v: s2_attention(q.sin(), k, v, PATTERN).cos()  # noqa: E731
+
+    def block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return s2_attention(q.sin(), k, v, PATTERN).cos()
+
     expected = torch.autograd.grad(block(*inputs).sum(), inputs)
     checkpoint(block, *inputs, use_reentrant=use_reentrant).sum().backward()
     for x, gradient in zip(inputs, expected, strict=True):

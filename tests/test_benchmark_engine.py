@@ -320,34 +320,34 @@ def test_without_tokens_after_the_last_first_one_there_is_no_decode_phase() -> N
     assert offline.Steps().decode_phase() == (0, 0.0)
 
 
-class FakeEngine:
+class FakeEngine(offline.Engine):
     """Records the waves that it is to serve."""
 
     def __init__(self) -> None:
         self.waves: list[tuple[int, int, int]] = []
 
-    def wave(self, *sizes: int) -> offline.Wave:
-        self.waves.append(sizes)
-        return offline.Wave([output(0.5, 1.0, 2.0, sizes[2])] * sizes[0], offline.Steps(), 1.0)
+    def wave(self, requests: int, prompt_tokens: int, output_tokens: int) -> offline.Wave:
+        self.waves.append((requests, prompt_tokens, output_tokens))
+        return offline.Wave([output(0.5, 1.0, 2.0, output_tokens)] * requests, offline.Steps(), 1.0)
 
 
 def test_a_warm_up_wave_goes_before_the_repetitions() -> None:
     engine = FakeEngine()
-    found = list(offline.measure(engine, throughput(256, "batch", 2), FACTS))  # type: ignore[arg-type]
+    found = list(offline.measure(engine, throughput(256, "batch", 2), FACTS))
     assert engine.waves == [(200, 256, 8), (200, 256, 64), (200, 256, 64)]
     assert [record["repetition"] for record in found] == [1, 2]
 
 
 def test_latency_is_that_of_single_requests() -> None:
     engine = FakeEngine()
-    (found,) = offline.measure(engine, latency(512, 1), FACTS)  # type: ignore[arg-type]
+    (found,) = offline.measure(engine, latency(512, 1), FACTS)
     assert engine.waves == [(5, 512, 8), *[(1, 512, 64)] * 5]
     assert (found["completed"], found["max_concurrent_requests"]) == (5, 1)
 
 
 def test_a_full_pool_is_what_fits() -> None:
     engine = FakeEngine()
-    (found,) = offline.measure(engine, throughput(256, "pool", 1), FACTS)  # type: ignore[arg-type]
+    (found,) = offline.measure(engine, throughput(256, "pool", 1), FACTS)
     assert found["requests"] == FACTS.requests_that_fit(256 + 64) == 5
     assert engine.waves[-1] == (5, 256, 64)
 
@@ -355,7 +355,7 @@ def test_a_full_pool_is_what_fits() -> None:
 @pytest.mark.parametrize("measurement", [latency(4096, 1), throughput(4096, "pool", 1)], ids=str)
 def test_a_length_that_does_not_fit_says_so(measurement: Measurement) -> None:
     engine = FakeEngine()
-    (found,) = offline.measure(engine, measurement, FACTS)  # type: ignore[arg-type]
+    (found,) = offline.measure(engine, measurement, FACTS)
     assert engine.waves == []
     assert found["reason"] == "the longest request that this engine's KV cache holds has 2048 tokens"
     assert found["requests"] == 0

@@ -59,7 +59,7 @@ def s2_attention(
     Raises:
         ValueError: an argument has a wrong shape, dtype or value, or `impl` does not take the call; the
             message names it.
-        NotImplementedError: a gradient of a gradient is asked for.
+        NotImplementedError: a gradient of a gradient is asked for, which no kernel computes.
     """
     is_packed = q.dim() == 3
     spans = None
@@ -110,7 +110,7 @@ def attend(
     Raises:
         ValueError: an argument has a wrong shape, dtype or value, or `impl` does not take the call; the
             message names it.
-        NotImplementedError: a gradient of a gradient is asked for.
+        NotImplementedError: a gradient of a gradient is asked for, which no kernel computes.
     """
     q, k, v = _cast_for_autocast(q, k, v)
     is_differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))

@@ -125,7 +125,7 @@ class SparseAttention(torch.nn.Module):
 
         Raises:
             ValueError: an argument has a wrong shape, dtype or value; the message names it.
-            NotImplementedError: a gradient of a gradient is asked for.
+            NotImplementedError: a gradient of a gradient is asked for, which no kernel computes.
         """
         q, k, v = _split(q, k, v, split_qkv)
         is_packed = q.dim() == 3

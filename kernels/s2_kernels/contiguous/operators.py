@@ -206,6 +206,7 @@ def _gradients(
 
 
 def _refuse_second_derivative(ctx: Any, *gradients: torch.Tensor) -> None:
+    """No kernel computes it, which is said by the name of the function that was called."""
     raise NotImplementedError(
         "s2_attention: the gradient of its gradient, expected first derivatives only (no create_graph)"
     )
