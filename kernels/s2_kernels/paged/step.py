@@ -211,9 +211,9 @@ class PagedStep:
         heads: LayerHeads,
         tables: HeadTables,
     ) -> AttendCall | None:
-        requests = PagedRequests(window_cache, strided_cache, *self._tables, *self._lengths)
-        if self._decodes == len(requests.seq_lens):
+        if self._decodes == len(self._lengths[1]):
             return None
+        requests = PagedRequests(window_cache, strided_cache, *self._tables, *self._lengths)
         rows = slice(self._decode_tokens, self._tokens)
         query_start_loc = requests.query_start_loc[self._decodes :] - self._decode_tokens
         return prepare_attend(
